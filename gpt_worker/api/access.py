@@ -1,0 +1,132 @@
+"""Who may use which endpoint: one table, and everything that is not in it is refused.
+
+The caller is known before anything of the body is looked at, so that a stranger learns nothing from how their
+input is judged. A token that is no good is a 401 also where none is needed: nobody is taken for the anonymous
+user in silence.
+"""
+
+from enum import StrEnum
+
+from flask import Flask, g, request
+from werkzeug.exceptions import MethodNotAllowed
+
+from gpt_worker.api.context import service
+from gpt_worker.domain import ANONYMOUS, Caller
+from gpt_worker.errors import Forbidden, Unauthenticated
+
+LINK_PARAMETER = "signature"
+
+
+class Access(StrEnum):
+    """Who may come in."""
+
+    PUBLIC = "public"  # everybody; a token is not looked at
+    SIGNED = "signed"  # whoever signs the request, which the view checks
+    TASKS = "tasks"  # a user, and while the mode `auth` is off also the anonymous one
+    TASKS_OR_LINK = "tasks or link"  # the same, and whoever brings a signed link, which the view checks
+    USER = "user"  # a user, always
+    ADMIN = "admin"  # an admin, always
+
+
+POLICIES: dict[str, Access] = {
+    "accounts.register": Access.PUBLIC,
+    "accounts.login": Access.PUBLIC,
+    "accounts.logout": Access.USER,
+    "accounts.create_token": Access.USER,
+    "accounts.list_tokens": Access.USER,
+    "accounts.delete_token": Access.USER,
+    "accounts.get_me": Access.USER,
+    "accounts.change_password": Access.USER,
+    "accounts.list_users": Access.ADMIN,
+    "accounts.change_user": Access.ADMIN,
+    "accounts.delete_user": Access.ADMIN,
+    "modes.get_settings": Access.TASKS,
+    "modes.change_settings": Access.ADMIN,
+    "jobs.submit": Access.TASKS,
+    "jobs.submit_task": Access.TASKS,
+    "jobs.list_jobs": Access.TASKS,
+    "jobs.get_job": Access.TASKS,
+    "jobs.get_results": Access.TASKS_OR_LINK,
+    "jobs.get_events": Access.TASKS,
+    "jobs.cancel_job": Access.TASKS,
+    "jobs.retry_job": Access.TASKS,
+    "webhooks.list_deliveries": Access.TASKS,
+    "webhooks.get_delivery": Access.TASKS,
+    "webhooks.redeliver": Access.TASKS,
+    "webhooks.secret": Access.ADMIN,
+    "webhooks.test": Access.ADMIN,
+    "webhooks.echo": Access.SIGNED,
+    "keys.list_keys": Access.ADMIN,
+    "keys.check_key": Access.ADMIN,
+    "health.healthz": Access.PUBLIC,
+    "health.readyz": Access.PUBLIC,
+}
+
+
+def install(app: Flask) -> None:
+    """Guard every endpoint of this app; to be called before any is registered."""
+    app.config["PROVIDE_AUTOMATIC_OPTIONS"] = False
+    app.url_map.merge_slashes = False  # no redirect before anybody was asked who they are
+    app.before_request(_admit)
+
+
+def missing_policies(app: Flask) -> list[str]:
+    """The endpoints that nobody can use, since the table does not have them."""
+    return sorted({rule.endpoint for rule in app.url_map.iter_rules()} - POLICIES.keys())
+
+
+def caller() -> Caller:
+    """Who makes this request."""
+    known: Caller = g.caller
+    return known
+
+
+def user_id() -> str:
+    """The user who makes this request, on an endpoint that always wants one."""
+    known = caller().user_id
+    if known is None:
+        raise Unauthenticated("This needs a token: Authorization: Bearer …")
+    return known
+
+
+def token_id() -> str:
+    """The token with which this request is made, on an endpoint that always wants one."""
+    known: str | None = g.token_id
+    if known is None:
+        raise Unauthenticated("This needs a token: Authorization: Bearer …")
+    return known
+
+
+def by_link() -> bool:
+    """Whether only the link's signature speaks for this request: the view must check it."""
+    return bool(g.by_link)
+
+
+def _admit() -> None:
+    g.caller, g.token_id, g.by_link = ANONYMOUS, None, False
+    if request.url_rule is None:
+        return  # Flask answers with 404 or 405
+    if request.method == "OPTIONS":
+        raise MethodNotAllowed(sorted((request.url_rule.methods or set()) - {"OPTIONS"}))
+    access = POLICIES.get(request.endpoint or "")
+    match access:
+        case None:
+            raise Forbidden("Nobody may use this.")
+        case Access.PUBLIC | Access.SIGNED:
+            return
+    if "Authorization" in request.headers:
+        _authenticate(request.headers["Authorization"])
+    elif access is Access.TASKS_OR_LINK and LINK_PARAMETER in request.args:
+        g.by_link = True
+    elif access not in (Access.TASKS, Access.TASKS_OR_LINK) or service().modes.current().auth:
+        raise Unauthenticated("This needs a token: Authorization: Bearer …")
+    if access is Access.ADMIN and not caller().is_admin:
+        raise Forbidden("Only an admin may do this.")
+
+
+def _authenticate(header: str) -> None:
+    scheme, _, token = header.strip().partition(" ")
+    if scheme.lower() != "bearer" or not token.strip():
+        raise Unauthenticated("The header is Authorization: Bearer and a token.")
+    known = service().accounts.authenticate(token.strip())
+    g.caller, g.token_id = known.caller, known.token_id

@@ -1,0 +1,211 @@
+"""The shapes of jobs on the wire, for validation and for the documentation."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from gpt_worker.api.schemas import Body, Id, ListQuery, NextCursor, Query, Reply, Time
+from gpt_worker.domain import DeliveryMode, ErrorCode
+
+MAX_DEADLINE_S = 90 * 86_400
+StatusName = Literal["queued", "running", "succeeded", "partial", "failed", "cancelled"]
+OLD_NAMES = {"gpt_type": "model", "maxTokenCount": "max_chunk_tokens"}
+
+Model = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")]
+ChunkTokens = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+
+class ResponseFormat(Body):
+    """OpenAI's response_format; what else is in it is the provider's to judge."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    type: str = Field(min_length=1, max_length=50, description="text, json_object or json_schema")
+
+
+class JobSettingsBody(Body):
+    """How a job's tasks are asked. Only what is set here is sent upstream."""
+
+    model: Model | None = Field(None, description="The model; without it, the service's GPT_MODEL")
+    gpt_type: Model | None = Field(None, description="The old name of `model`")
+    temperature: float | None = Field(None, ge=0, le=2, description="OpenAI's temperature", examples=[1])
+    max_chunk_tokens: ChunkTokens | None = Field(
+        None, description="Estimated prompt tokens of a chunk (4000)"
+    )
+    maxTokenCount: ChunkTokens | None = Field(  # noqa: N815 (the old worker's name)
+        None, description="The old name of `max_chunk_tokens`"
+    )
+    instructions: str | None = Field(
+        None, max_length=1_000_000, description="The system message of every task"
+    )
+    template: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1_000_000,
+        description="A prompt with {variables}; {{ and }} are braces. A task that is a text fills {text}",
+        examples=["Translate to {lang}: {text}"],
+    )
+    max_output_tokens: int | None = Field(None, ge=1, le=1_000_000_000, description="The most of one answer")
+    response_format: ResponseFormat | None = Field(None, description="OpenAI's form; the answer stays a text")
+    pack: bool | None = Field(
+        None, description="Several tasks a request; not supported yet, only false is taken"
+    )
+    priority: int | None = Field(None, ge=-100, le=100, description="Among one's own jobs; higher goes first")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        le=MAX_DEADLINE_S,
+        description="Seconds after which what was not answered is given up (7 days)",
+    )
+    max_total_tokens: int | None = Field(
+        None, ge=1, description="Stop sending when the job has used so many tokens"
+    )
+    delivery: DeliveryMode | None = Field(None, strict=False, description="For this job only")
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> "JobSettingsBody":
+        for old, new in OLD_NAMES.items():
+            before, now = getattr(self, old), getattr(self, new)
+            if before is not None and now is not None and before != now:
+                raise PydanticCustomError("twice", f"{old} is the old name of {new}: set one of them")
+        if self.pack:
+            raise PydanticCustomError(
+                "unsupported", "pack is not supported yet: leave it out, or set it to false"
+            )
+        return self
+
+
+class ChatMessage(Reply):
+    """One message in OpenAI's form."""
+
+    role: str = Field(examples=["user"])
+    content: Any = Field(None, examples=["Say hello"])
+
+
+class MessagesTask(Reply):
+    messages: list[ChatMessage]
+
+
+class VariablesTask(Reply):
+    """The variables of the job's template."""
+
+    vars: dict[str, str | int | float | bool] = Field(examples=[{"lang": "French", "text": "good night"}])
+
+
+class JobBody(Reply):
+    """A job: tasks by id, and how to ask them."""
+
+    data: dict[str, str | MessagesTask | VariablesTask] | list[str | MessagesTask | VariablesTask] = Field(
+        description="id → task, in the order of the answers; or a list of tasks, with the ids 0, 1, … or their own",
+        examples=[{"greet": "Translate to French: good morning", "bye": "Translate to French: good night"}],
+    )
+    settings: JobSettingsBody | None = None
+    metadata: dict[str, str] | None = Field(
+        None, description="Up to 16 texts, echoed in the job and its webhook", examples=[{"batch": "42"}]
+    )
+
+
+class SubmitQuery(Query):
+    dry_run: Literal["true", "false"] = Field("false", description="true: only say what the job would be")
+
+
+class JobQuery(Query):
+    results: Literal["true", "false"] = Field(
+        "true", description="false: leave the three result members null"
+    )
+
+
+class PurgeQuery(Query):
+    purge: Literal["true", "false"] = Field(
+        "false", description="true: delete the job and all that belongs to it"
+    )
+
+
+class JobsQuery(ListQuery):
+    status: StatusName | None = Field(None, description="Only these")
+    all: Literal["true", "false"] = Field("false", description="true: everyone's (admin)")
+
+
+class ResultsQuery(Query):
+    format: Literal["json", "jsonl", "csv"] = Field("json", description="How they are written")
+    expires: str | None = Field(None, max_length=20, description="Of a signed link")
+    signature: str | None = Field(None, max_length=200, description="Of a signed link")
+
+
+class RetryBody(Body):
+    codes: list[ErrorCode] | None = Field(
+        None,
+        strict=False,
+        min_length=1,
+        description="Only the tasks with these errors",
+        examples=[["timeout"]],
+    )
+
+
+class Counts(Reply):
+    total: int
+    answered: int
+    failed: int
+    pending: int
+
+
+class UsageReply(Reply):
+    requests: int = Field(description="Calls sent for the job, failed ones too")
+    prompt_tokens: int = Field(description="Of the replies that told their usage")
+    completion_tokens: int
+
+
+class TaskError(Reply):
+    code: ErrorCode
+    message: str
+    attempts: int = Field(description="Charged tries")
+
+
+class WaitingReply(Reply):
+    reason: str = Field(examples=["no usable key"])
+    until: str | None = Field(description="RFC 3339, if it is known")
+
+
+class JobReply(Reply):
+    """A job."""
+
+    id: Id
+    status: StatusName
+    run: int = Field(description="1, and one more with each retry")
+    model: str
+    delivery: DeliveryMode
+    owner: str | None = Field(description="The owner's address; null: nobody's")
+    metadata: dict[str, str]
+    waiting: WaitingReply | None = Field(description="Why nothing moves")
+    counts: Counts
+    usage: UsageReply
+    results: dict[str, str | None] | None = Field(
+        description="Every id, in the order of `data`; null: no answer"
+    )
+    errors: dict[str, TaskError] | None = Field(description="Why a task has no answer")
+    finish_reasons: dict[str, str] | None = Field(description='Those that are not "stop"')
+    results_url: str | None = Field(description="Where the results are when they don't fit here")
+    created_at: Time
+    started_at: str | None
+    finished_at: str | None
+
+
+class DryRunReply(Reply):
+    """What a job would be; nothing is stored."""
+
+    dry_run: bool
+    tasks: int
+    chunks: int
+    estimated_prompt_tokens: int
+    estimated_seconds: float | None = Field(description="null while no limit is known yet")
+
+
+class JobsReply(Reply):
+    data: list[JobReply] = Field(description="Newest first, without results")
+    next_cursor: NextCursor
+
+
+class ResultsReply(Reply):
+    results: dict[str, str | None]
+    errors: dict[str, TaskError]

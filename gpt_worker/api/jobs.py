@@ -1,0 +1,277 @@
+"""Jobs over HTTP: submit and wait, look, results, cancel, retry."""
+
+import hashlib
+import json
+import math
+import re
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from flask import Response, request, stream_with_context
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+
+from gpt_worker import rendering
+from gpt_worker.api import job_schemas as shapes
+from gpt_worker.api import schemas
+from gpt_worker.api.access import by_link, caller
+from gpt_worker.api.context import service
+from gpt_worker.api.job_body import read_job
+from gpt_worker.domain import DeliveryMode, JobStatus, utc_now
+from gpt_worker.errors import Forbidden, Invalid, Unavailable
+from gpt_worker.jobs import Idempotency, JobRequest
+from gpt_worker.models import JobRow
+from gpt_worker.signing import link_is_valid
+from gpt_worker.splitting import chunk_limit, split
+
+Json = dict[str, Any]
+Answer = tuple[Json, int, dict[str, str]]
+
+TOKEN_OR_OPEN: list[dict[str, list[Any]]] = [{"bearer": []}, {}]
+MAX_KEY_LENGTH = 255
+RESULT_FORMS: dict[str, tuple[str, Callable[..., Iterator[bytes]]]] = {
+    "json": ("application/json", rendering.results_json),
+    "jsonl": ("application/jsonl", rendering.results_jsonl),
+    "csv": ("text/csv; charset=utf-8", rendering.results_csv),
+}
+SUBMIT: Json = {
+    "summary": "Submit a job",
+    "description": (
+        "Inline: the reply is the finished job (200), or 202 with `Location` when it takes longer than INLINE_WAIT_S "
+        "or `Prefer: wait=N`, or at once with `Prefer: respond-async`. Webhook: 202 at once, the result by POST later. "
+        "With `Idempotency-Key` the same request gives the same job again."
+    ),
+    "security": TOKEN_OR_OPEN,
+    "responses": {
+        200: shapes.JobReply,
+        202: shapes.JobReply,
+        **schemas.problems(401, 409, 503, 507, *schemas.BODY_PROBLEMS),
+    },
+    "openapi_extensions": {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobBody"}}},
+        }
+    },
+}
+
+api = APIBlueprint(
+    "jobs", __name__, abp_tags=[Tag(name="jobs", description="What GPT is asked, and what it said")]
+)
+
+
+@api.post("/jobs", **SUBMIT)
+def submit(query: shapes.SubmitQuery) -> Json | Answer:
+    """Submit a job."""
+    return _submit(query)
+
+
+@api.post("/task", **{**SUBMIT, "summary": "Submit a job, under its old name"})
+def submit_task(query: shapes.SubmitQuery) -> Json | Answer:
+    """The same as POST /jobs."""
+    return _submit(query)
+
+
+def _submit(query: shapes.SubmitQuery) -> Json | Answer:
+    parts = service()
+    embedded = parts.model_name if parts.settings.embedded else None
+    asked = read_job(request.get_json(), parts.settings, parts.modes.current().delivery, embedded)
+    if query.dry_run == "true":
+        return _dry_run(asked)
+    prefer = _prefer()
+    submitted = parts.jobs.submit(caller(), asked, _idempotency())
+    return _wait_for(submitted.job_id, prefer, submitted.replayed)
+
+
+@api.get(
+    "/jobs",
+    summary="One's own jobs",
+    security=TOKEN_OR_OPEN,
+    responses={200: shapes.JobsReply, **schemas.problems(401, 403, 422)},
+)
+def list_jobs(query: shapes.JobsQuery) -> Json:
+    """Newest first, without results."""
+    everyone = query.all == "true"
+    if everyone and not caller().is_admin:
+        raise Forbidden("Only an admin may list everyone's jobs.")
+    status = JobStatus(query.status) if query.status else None
+    jobs = service().jobs.list(
+        caller(), everyone=everyone, status=status, before=query.cursor, limit=query.limit + 1
+    )
+    page = jobs[: query.limit]
+    return {
+        "data": [_render(job, with_results=False) for job in page],
+        "next_cursor": page[-1].id if len(jobs) > query.limit else None,
+    }
+
+
+@api.get(
+    "/jobs/<id>",
+    summary="A job",
+    security=TOKEN_OR_OPEN,
+    responses={200: shapes.JobReply, **schemas.problems(401, 404, 422)},
+)
+def get_job(path: schemas.IdPath, query: shapes.JobQuery) -> Json:
+    """The job as it stands now."""
+    return _render(service().jobs.find(caller(), path.id), with_results=query.results == "true")
+
+
+@api.get(
+    "/jobs/<id>/results",
+    summary="A job's results",
+    description="Streamed in the order of `data`, also while the job runs; jsonl and csv give what is decided so far.",
+    security=TOKEN_OR_OPEN,
+    responses={200: shapes.ResultsReply, **schemas.problems(401, 404, 422, 503)},
+)
+def get_results(path: schemas.IdPath, query: shapes.ResultsQuery) -> Response:
+    """The results as a file."""
+    parts = service()
+    if by_link():
+        values = {"expires": query.expires or "", "signature": query.signature or ""}
+        if not link_is_valid(parts.link_key, path.id, values, utc_now()):
+            raise Forbidden("The link is not valid, or no longer.")
+        job = parts.jobs.find_by_link(path.id)
+    else:
+        job = parts.jobs.find(caller(), path.id)
+    mimetype, render = RESULT_FORMS[query.format]
+    place = parts.places.hold()
+    if not place.__enter__():
+        raise Unavailable("Too many downloads at once.", 5)
+    reply = Response(stream_with_context(render(parts.database, job.id)), content_type=mimetype)
+    reply.call_on_close(lambda: place.__exit__(None, None, None))
+    if query.format == "csv":
+        reply.headers["Content-Disposition"] = f'attachment; filename="{job.id}.csv"'
+    return reply
+
+
+@api.delete(
+    "/jobs/<id>",
+    summary="Cancel or delete a job",
+    description="Cancelled: nothing new is sent; calls in flight still land and are kept. `?purge=true`: gone.",
+    security=TOKEN_OR_OPEN,
+    responses={200: shapes.JobReply, 204: None, **schemas.problems(401, 404, 422)},
+)
+def cancel_job(path: schemas.IdPath, query: shapes.PurgeQuery) -> Json | Response:
+    """Cancel a job, or delete it."""
+    jobs = service().jobs
+    if query.purge == "true":
+        jobs.purge(caller(), path.id)
+        return Response(status=204)
+    jobs.cancel(caller(), path.id)
+    return _render(jobs.find(caller(), path.id), with_results=True)
+
+
+@api.post(
+    "/jobs/<id>/retry",
+    summary="Ask the tasks without an answer again",
+    description="Ends in a new webhook. 200, unchanged, if there is nothing to retry.",
+    security=TOKEN_OR_OPEN,
+    responses={
+        200: shapes.JobReply,
+        202: shapes.JobReply,
+        **schemas.problems(401, 404, 409, 507, *schemas.BODY_PROBLEMS),
+    },
+    openapi_extensions={
+        "requestBody": {
+            "required": False,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RetryBody"}}},
+        }
+    },
+)
+def retry_job(path: schemas.IdPath) -> Json | Answer:
+    """Retry a job."""
+    has_body = bool(request.content_length or request.headers.get("Transfer-Encoding"))
+    body = shapes.RetryBody.model_validate(request.get_json() if has_body else {})
+    jobs = service().jobs
+    if not jobs.retry(caller(), path.id, body.codes):
+        return _render(jobs.find(caller(), path.id), with_results=True)
+    return _accepted(jobs.find(caller(), path.id))
+
+
+def _render(job: JobRow, *, with_results: bool) -> Json:
+    parts = service()
+    waiting = parts.dispatcher.waiting(job.id) if job.finished_at is None else None
+    shown = {"reason": waiting.reason, "until": rendering.render_time(waiting.until)} if waiting else None
+    with parts.database.read() as session:
+        return rendering.render_job(session, job, with_results=with_results, waiting=shown)
+
+
+def _accepted(job: JobRow) -> Answer:
+    return _render(job, with_results=False), 202, {"Location": f"/jobs/{job.id}"}
+
+
+def _wait_for(job_id: str, wait_s: float | None, replayed: bool) -> Answer:
+    """The finished job if it ends in time, else 202."""
+    parts = service()
+    extra = {"Idempotency-Replayed": "true"} if replayed else {}
+    job = _own(job_id)
+    if job.delivery == DeliveryMode.INLINE and wait_s is not None:
+        with parts.places.hold() as held:
+            if held and parts.jobs.wait(job_id, wait_s, _client_left()):
+                return _render(_own(job_id), with_results=True), 200, extra
+        job = _own(job_id)
+    reply, status, headers = _accepted(job)
+    return reply, status, {**headers, **extra}
+
+
+def _own(job_id: str) -> JobRow:
+    return service().jobs.find(caller(), job_id)
+
+
+def _prefer() -> float | None:
+    """How long to wait for the job, by INLINE_WAIT_S and `Prefer`; None: not at all. RFC 7240."""
+    wait_s = service().settings.inline_wait_s
+    for preference in ",".join(request.headers.getlist("Prefer")).split(","):
+        name, _, value = preference.split(";")[0].partition("=")
+        match name.strip().lower():
+            case "respond-async":
+                return None
+            case "wait" if re.fullmatch(r'"?\d{1,9}"?', value.strip(), re.ASCII):
+                wait_s = min(wait_s, int(value.strip().strip('"')))
+    return wait_s
+
+
+def _idempotency() -> Idempotency | None:
+    key = request.headers.get("Idempotency-Key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= MAX_KEY_LENGTH:
+        raise Invalid.at(f"must have 1 to {MAX_KEY_LENGTH} characters", "header", "Idempotency-Key")
+    said = json.dumps([sorted(request.args.items(multi=True)), request.get_json()], separators=(",", ":"))
+    return Idempotency(_sha256(key), _sha256(said))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _client_left() -> Callable[[], bool]:
+    """Whether the client has closed the connection, asked without reading from it."""
+    sock: socket.socket | None = request.environ.get("gunicorn.socket")
+
+    def left() -> bool:
+        if sock is None:
+            return False
+        try:
+            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except (OSError, ValueError):
+            return True
+
+    return left
+
+
+def _dry_run(asked: JobRequest) -> Json:
+    dispatcher = service().dispatcher
+    tokens = [task.tokens for task in asked.tasks]
+    limit = chunk_limit(len(tokens), dispatcher.threads)
+    seconds = dispatcher.estimate_s(asked.model, len(tokens), sum(tokens))
+    return {
+        "dry_run": True,
+        "tasks": len(tokens),
+        "chunks": sum(1 for _ in split(tokens, asked.settings.max_chunk_tokens, limit)),
+        "estimated_prompt_tokens": sum(tokens),
+        "estimated_seconds": None if seconds is None or math.isinf(seconds) else round(seconds, 1),
+    }

@@ -1,0 +1,106 @@
+"""The API keys, as an operator sees them."""
+
+from dataclasses import asdict
+from typing import Any
+
+from flask_openapi3.blueprint import APIBlueprint
+from flask_openapi3.models.tag import Tag
+from pydantic import BaseModel, Field
+
+from gpt_worker.api import schemas
+from gpt_worker.api.context import service
+from gpt_worker.keys import KeyReport
+from gpt_worker.rendering import render_time
+
+Json = dict[str, Any]
+BEARER: list[dict[str, list[Any]]] = [{"bearer": []}]
+
+api = APIBlueprint(
+    "keys", __name__, abp_tags=[Tag(name="keys", description="The API keys and how they fare")]
+)
+
+
+class KeyPath(BaseModel):
+    number: int = Field(ge=0, description="The number of GPT_KEY_<n>")
+
+
+class LastErrorReply(schemas.Reply):
+    code: str
+    message: str
+    at: schemas.Time
+
+
+class LimitsReply(schemas.Reply):
+    requests: int | None = Field(description="Of the window, as the endpoint told")
+    requests_remaining: int | None
+    tokens: int | None
+    tokens_remaining: int | None
+
+
+class KeyReply(schemas.Reply):
+    """An API key; never the key itself."""
+
+    name: str = Field(examples=["key 0"])
+    tail: str = Field(description="Its last 4 characters")
+    base_url: str
+    group: str | None = Field(description="organisation/project: keys of one group share limits and quota")
+    state: str = Field(description="ready, resting, out of quota or refused", examples=["ready"])
+    until: str | None
+    in_flight: int
+    threads: int
+    bound_by: str | None = Field(description="requests, tokens, threads, or null: what holds it back")
+    requests: int
+    tokens: int
+    rate_limited: int
+    limits: dict[str, LimitsReply] = Field(description="By model, as learned from the endpoint")
+    last_error: LastErrorReply | None
+
+
+class KeysReply(schemas.Reply):
+    data: list[KeyReply]
+    next_cursor: schemas.NextCursor
+
+
+@api.get(
+    "/keys",
+    summary="The API keys (admin)",
+    security=BEARER,
+    responses={200: KeysReply, **schemas.problems(401, 403)},
+)
+def list_keys() -> Json:
+    """Every key and how it fares."""
+    return {"data": [_render(report) for report in service().keys.reports()], "next_cursor": None}
+
+
+@api.post(
+    "/keys/<int:number>/check",
+    summary="Try a key now (admin)",
+    description="Asks the endpoint for its models with this key; a key that works is used again.",
+    security=BEARER,
+    responses={200: KeyReply, **schemas.problems(401, 403, 404)},
+)
+def check_key(path: KeyPath) -> Json:
+    """Try a key."""
+    return _render(service().keys.check(path.number))
+
+
+def _render(report: KeyReport) -> Json:
+    error = report.last_error
+    return {
+        "name": report.name,
+        "tail": report.tail,
+        "base_url": report.base_url,
+        "group": report.group,
+        "state": report.state,
+        "until": render_time(report.until),
+        "in_flight": report.in_flight,
+        "threads": report.threads,
+        "bound_by": report.bound_by,
+        "requests": report.requests,
+        "tokens": report.tokens,
+        "rate_limited": report.rate_limited,
+        "limits": {model: asdict(limits) for model, limits in report.limits.items()},
+        "last_error": {"code": error.code, "message": error.message, "at": render_time(error.at)}
+        if error
+        else None,
+    }

@@ -1,0 +1,141 @@
+"""JSON bodies, read strictly: what two parsers could understand differently is refused.
+
+A body is read only as far as MAX_JSON_BYTES allows. Bad syntax is a 400 with line and column; a name given
+twice and a body that is no object are a 422. Messages name places and members, never the caller's values.
+"""
+
+import json
+import re
+import sys
+import threading
+from contextlib import nullcontext
+from typing import Any, NoReturn
+
+import jiter
+from flask import Request
+from werkzeug.exceptions import BadRequest, UnsupportedMediaType
+
+from gpt_worker.api.context import service
+from gpt_worker.errors import FieldError, Invalid, TooLarge
+
+ONE_AT_A_TIME_BYTES = 1 << 20
+PIECE_BYTES = 64 << 10
+LARGEST = int(sys.float_info.max)
+
+PLACE = re.compile(r" at (line \d+ column \d+)$")
+DUPLICATE = re.compile(r'Detected duplicate key (".*") at (line \d+ column \d+)$', re.DOTALL)
+# Only a body that has one of these can hold a NUL character or a number that no double can hold.
+SUSPECT = re.compile(rb"\\u0000|\d[eE]|\d{300}")
+
+_large_body = threading.Lock()  # 16 MiB of JSON take about 100 MB while they are parsed
+
+
+class StrictRequest(Request):
+    """The app's request class: `get_json` is strict whatever its arguments say."""
+
+    def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
+        """The body as an object.
+
+        The arguments are Flask's and change nothing: flask-openapi3 asks for silence, which hides mistakes.
+
+        Raises:
+            UnsupportedMediaType: not said to be plain JSON.
+            TooLarge: over MAX_JSON_BYTES.
+            BadRequest: not JSON.
+            Invalid: no object, or a name given twice.
+        """
+        if "gpt_worker.json" not in self.environ:
+            self.environ["gpt_worker.json"] = self._read_object()
+        return self.environ["gpt_worker.json"]
+
+    def _read_object(self) -> dict[str, Any]:
+        self._check_headers()
+        raw = self._read(service().settings.max_json_bytes)
+        with _large_body if len(raw) > ONE_AT_A_TIME_BYTES else nullcontext():
+            return parse_object(raw)
+
+    def _check_headers(self) -> None:
+        charset = self.mimetype_params.get("charset", "utf-8").lower()
+        if self.mimetype != "application/json" or charset not in ("utf-8", "utf8"):
+            raise UnsupportedMediaType("Send the header Content-Type: application/json, in UTF-8.")
+        if self.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+            raise UnsupportedMediaType("Send JSON uncompressed, without the header Content-Encoding.")
+
+    def _read(self, max_bytes: int) -> bytes:
+        """The whole body, also a chunked one, of which the length is known only at its end."""
+        if (self.content_length or 0) > max_bytes:
+            raise _too_large(max_bytes)
+        pieces: list[bytes] = []
+        left = max_bytes + 1
+        try:
+            while left and (piece := self.stream.read(min(left, PIECE_BYTES))):
+                pieces.append(piece)
+                left -= len(piece)
+        except OSError as error:
+            raise BadRequest("The body broke off.") from error
+        if not left:
+            raise _too_large(max_bytes)
+        return b"".join(pieces)
+
+
+def parse_object(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`; raises like `parse_json`, and Invalid for anything but an object."""
+    value = parse_json(raw)
+    if not isinstance(value, dict):
+        raise Invalid(FieldError((), "the body must be a JSON object"))
+    return value
+
+
+def parse_json(raw: bytes) -> Any:
+    """The JSON value in `raw`, UTF-8 without BOM.
+
+    Raises:
+        BadRequest: not JSON, nested deeper than 200, with a NUL character, or a number beyond a double's.
+        Invalid: a name given twice in one object, such as a task's id.
+    """
+    if not raw.strip():
+        raise BadRequest("The body is empty: send a JSON object.")
+    try:
+        value = jiter.from_json(raw, allow_inf_nan=False, cache_mode="keys", catch_duplicate_keys=True)
+    except ValueError as error:
+        _explain(str(error))
+    if SUSPECT.search(raw):
+        _refuse_unusable(value)
+    return value
+
+
+def _explain(message: str) -> NoReturn:
+    duplicate = DUPLICATE.fullmatch(message)
+    if duplicate is not None:
+        raise Invalid(FieldError((_unquoted(duplicate[1]),), f"given twice, again at {duplicate[2]}"))
+    place = PLACE.search(message)
+    where = f" at {place[1]}" if place else ""
+    raise BadRequest(f"The body is not valid JSON{where}.")
+
+
+def _unquoted(name: str) -> str:
+    """jiter shows a name as Rust does, which is JSON but for rare escapes."""
+    try:
+        return str(json.loads(name))
+    except ValueError:
+        return name[1:-1]
+
+
+def _refuse_unusable(value: Any) -> None:
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            left.extend(item)
+            left.extend(item.values())
+        elif isinstance(item, list):
+            left.extend(item)
+        elif isinstance(item, str):
+            if "\0" in item:
+                raise BadRequest("The body holds a NUL character (\\u0000), which can't be stored.")
+        elif isinstance(item, int | float) and abs(item) > LARGEST:
+            raise BadRequest("The body holds a number that is too large.")
+
+
+def _too_large(max_bytes: int) -> TooLarge:
+    return TooLarge(f"JSON bodies may have at most {max_bytes} bytes (MAX_JSON_BYTES); JSONL takes more.")

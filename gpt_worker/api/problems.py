@@ -1,0 +1,185 @@
+"""Everything that goes wrong, as RFC 9457 problems: `{type, title, status, detail, request_id, errors?}`.
+
+`type` is `urn:gpt-worker:problem:<name>` for the errors of `errors.py` (`not-found`, `invalid`, `too-many`)
+and `about:blank` where the HTTP status says it all. Names of fields may appear in a problem; the values of the
+caller, SQL and tracebacks never do. This is also where every reply gets its `X-Request-Id`.
+"""
+
+import errno
+import json
+import logging
+import math
+import re
+import sqlite3
+from collections.abc import Sequence
+from http import HTTPStatus
+
+from flask import Flask, Response, g, request
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from werkzeug.exceptions import HTTPException
+
+from gpt_worker.domain import new_id
+from gpt_worker.errors import (
+    Conflict,
+    DiskLow,
+    FieldError,
+    Forbidden,
+    GptWorkerError,
+    Invalid,
+    NotFound,
+    TooLarge,
+    TooMany,
+    Unauthenticated,
+    Unavailable,
+)
+
+logger = logging.getLogger(__name__)
+
+MIMETYPE = "application/problem+json"
+DATABASE_RETRY_AFTER_S = 5
+MAX_ERRORS = 100
+MAX_NAME_LENGTH = 200
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+STATUSES: dict[type[GptWorkerError], tuple[HTTPStatus, str]] = {
+    NotFound: (HTTPStatus.NOT_FOUND, "not-found"),
+    Forbidden: (HTTPStatus.FORBIDDEN, "forbidden"),
+    Conflict: (HTTPStatus.CONFLICT, "conflict"),
+    Invalid: (HTTPStatus.UNPROCESSABLE_ENTITY, "invalid"),
+    TooLarge: (HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too-large"),
+    Unauthenticated: (HTTPStatus.UNAUTHORIZED, "unauthenticated"),
+    TooMany: (HTTPStatus.TOO_MANY_REQUESTS, "too-many"),
+    Unavailable: (HTTPStatus.SERVICE_UNAVAILABLE, "unavailable"),
+    DiskLow: (HTTPStatus.INSUFFICIENT_STORAGE, "disk-low"),
+}
+
+# pydantic's messages of these kinds repeat a piece of the input
+SILENT_MESSAGES = {
+    "union_tag_invalid": "is none of the known kinds",
+    "json_invalid": "is not JSON",
+    "uuid_parsing": "is not a UUID",
+    "extra_forbidden": "is not known here",
+    "missing": "is required",
+}
+
+
+def install(app: Flask) -> None:
+    """Make every failure of this app a problem, and give every reply its request id."""
+    app.register_error_handler(GptWorkerError, _refused)
+    app.register_error_handler(HTTPException, _http_problem)
+    app.register_error_handler(ValidationError, validation_problem)
+    app.register_error_handler(OperationalError, _database_problem)
+    app.register_error_handler(PoolTimeout, _database_problem)
+    app.register_error_handler(OSError, _system_problem)
+    app.register_error_handler(Exception, _bug)
+    app.after_request(_name_request)
+
+
+def request_id() -> str:
+    """The caller's `X-Request-Id` if it is a sound one, else one of ours; the same all through a request."""
+    if "request_id" not in g:
+        given = request.headers.get("X-Request-Id", "")
+        g.request_id = given if REQUEST_ID.fullmatch(given) else new_id()
+    return str(g.request_id)
+
+
+def problem(
+    status: int,
+    detail: str,
+    *,
+    name: str | None = None,
+    errors: Sequence[FieldError] = (),
+    retry_after_s: float | None = None,
+) -> Response:
+    """The reply of a failure; `name` is the last part of its `type`, None where the status says it all."""
+    body: dict[str, object] = {
+        "type": f"urn:gpt-worker:problem:{name}" if name else "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "request_id": request_id(),
+    }
+    if errors:
+        body["errors"] = [{"loc": [_short(part) for part in error.loc], "msg": error.msg} for error in errors]
+    reply = Response(json.dumps(body) + "\n", status, mimetype=MIMETYPE)
+    if status == HTTPStatus.UNAUTHORIZED:
+        reply.headers["WWW-Authenticate"] = "Bearer"
+    if retry_after_s is not None:
+        reply.headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    return reply
+
+
+def validation_problem(error: ValidationError) -> Response:
+    """422 for input that does not fit its schema; also flask-openapi3's `validation_error_callback`."""
+    details = error.errors(include_url=False, include_context=False, include_input=False)
+    return _refused(
+        Invalid(*(FieldError(detail["loc"], _message(detail)) for detail in details[:MAX_ERRORS]))
+    )
+
+
+def _message(detail: ErrorDetails) -> str:
+    return SILENT_MESSAGES.get(detail["type"], detail["msg"])
+
+
+def _refused(error: GptWorkerError) -> Response:
+    found = next((STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES), None)
+    if found is None:
+        return _bug(error)
+    status, name = found
+    if isinstance(error, Invalid):
+        shown = error.errors[:MAX_ERRORS]
+        return problem(status, _summary(shown), name=name, errors=shown)
+    retry_after_s = error.retry_after_s if isinstance(error, TooMany | Unavailable) else None
+    return problem(status, str(error), name=name, retry_after_s=retry_after_s)
+
+
+def _summary(errors: Sequence[FieldError]) -> str:
+    shown = [f"{'.'.join(str(_short(part)) for part in error.loc)}: {error.msg}" for error in errors[:3]]
+    more = len(errors) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
+
+
+def _short(part: str | int) -> str | int:
+    return part if isinstance(part, int) or len(part) <= MAX_NAME_LENGTH else part[:MAX_NAME_LENGTH] + "…"
+
+
+def _http_problem(error: HTTPException) -> Response:
+    status = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
+    reply = problem(status, error.description or HTTPStatus(status).phrase)
+    for name, value in error.get_headers(request.environ):
+        if name.lower() not in ("content-type", "www-authenticate"):
+            reply.headers[name] = value  # Allow of a 405, for one
+    return reply
+
+
+def _database_problem(error: OperationalError | PoolTimeout) -> Response:
+    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
+    if code & 0xFF == sqlite3.SQLITE_FULL:
+        return _refused(DiskLow("The disk is full."))
+    logger.error("The database failed.", exc_info=error, extra={"action": "database_failed"})
+    return _refused(Unavailable("The database can't be used now.", DATABASE_RETRY_AFTER_S))
+
+
+def _system_problem(error: OSError) -> Response:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _refused(DiskLow("The disk is full."))
+    return _bug(error)
+
+
+def _bug(error: Exception) -> Response:
+    logger.error(
+        "A request failed: %s %s.",
+        request.method,
+        request.endpoint,
+        exc_info=error,
+        extra={"action": "request_failed", "request_id": request_id()},
+    )
+    return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "Something went wrong here; the log knows more.")
+
+
+def _name_request(reply: Response) -> Response:
+    reply.headers["X-Request-Id"] = request_id()
+    return reply

@@ -1,0 +1,78 @@
+"""Deletes what nobody needs any more: discarded jobs, jobs past their retention, old keys and tokens. In slices."""
+
+import logging
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from gpt_worker.db import Database
+from gpt_worker.domain import utc_now
+from gpt_worker.store import deliveries as delivery_store
+from gpt_worker.store import jobs as job_store
+from gpt_worker.store import tasks as task_store
+
+log = logging.getLogger(__name__)
+
+SWEEP_EVERY_S = 600.0
+RETRY_S = 30.0
+PRUNE_SLICE = 1000
+
+
+class Janitor:
+    """One thread, asleep but for a sweep now and then."""
+
+    def __init__(self, database: Database, retain_days: int, also: Callable[[], None]) -> None:
+        self._database = database
+        self._retain_days = retain_days
+        self._also = also
+        self._stopping = threading.Event()
+        self._wanted = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="janitor", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._wanted.set()
+        self._thread.join(5)
+
+    def wake(self) -> None:
+        """There is something to delete."""
+        self._wanted.set()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            self._wanted.clear()
+            try:
+                self.sweep()
+                wait_s = SWEEP_EVERY_S
+            except SQLAlchemyError:
+                log.exception("cleaning up failed; trying again", extra={"action": "sweep"})
+                wait_s = RETRY_S
+            self._wanted.wait(wait_s)
+
+    def sweep(self) -> None:
+        """Delete what is due, a slice a commit."""
+        now = utc_now()
+        with self._database.write() as session:
+            job_store.drop_old_keys(session, now - timedelta(hours=24))
+            if self._retain_days:
+                job_store.discard_older(session, now - timedelta(days=self._retain_days))
+                delivery_store.prune(
+                    session, finished_before=now - timedelta(days=self._retain_days), limit=PRUNE_SLICE
+                )
+        self._also()
+        with self._database.read() as session:
+            job_ids = job_store.discarded_jobs(session)
+        for job_id in job_ids:
+            self._delete(job_id)
+
+    def _delete(self, job_id: str) -> None:
+        while not self._stopping.is_set():
+            with self._database.write() as session:
+                if task_store.delete_slice(session, job_id) == 0:
+                    job_store.delete_job(session, job_id)
+                    return

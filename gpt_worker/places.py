@@ -1,0 +1,25 @@
+"""The budget of held requests: inline waits, streams, downloads and uploads may not take every thread."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+WEB_THREADS = 128
+SPARE_THREADS = 32  # always left for requests that are answered at once
+
+
+class Places:
+    """So many requests may be held at once."""
+
+    def __init__(self, places: int = WEB_THREADS - SPARE_THREADS) -> None:
+        self._free = threading.Semaphore(places)
+
+    @contextmanager
+    def hold(self) -> Iterator[bool]:
+        """Whether there was a place; it is given back at the end of the block."""
+        held = self._free.acquire(blocking=False)
+        try:
+            yield held
+        finally:
+            if held:
+                self._free.release()

@@ -1,0 +1,282 @@
+"""Pacing, learned from what the server says: one `Limiter` a quota group and model. Pure: the clock is passed in.
+
+Requests and tokens are reserved before a call and settled after it. A reply's headers may only lower a bucket, less
+what was sent since that call; it rises by refill alone, since replies overtake each other.
+Source: OpenAI, "Rate limits", the headers x-ratelimit-{limit,remaining,reset}-{requests,tokens}.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+DEFAULT_WINDOW_S = 60.0
+LONGEST_WINDOW_S = 86_400.0
+FIRST_REST_S = 1.0
+LONGEST_REST_S = 60.0
+UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+
+
+class Bound(StrEnum):
+    """What holds a call back."""
+
+    REQUESTS = "requests"
+    TOKENS = "tokens"
+    THREADS = "threads"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What one reply tells of one limit: how much in all, how much is left, and when it will be full again."""
+
+    limit: int
+    remaining: int
+    reset_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LimitHeaders:
+    """What one reply tells of the limits; None where it is silent."""
+
+    requests: Limit | None = None
+    tokens: Limit | None = None
+    retry_after_s: float | None = None
+
+
+def parse_duration_s(text: str) -> float | None:
+    """Seconds of "1s", "120ms", "6m0s", "1h2m3.5s" or a bare number of seconds; None for anything else."""
+    text = text.strip()
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
+        return float(text)
+    if not re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(ms|s|m|h|d))+", text, re.ASCII):
+        return None
+    return sum(float(number) * UNIT_S[unit] for number, unit in re.findall(r"([\d.]+)(ms|s|m|h|d)", text))
+
+
+def read_headers(headers: Mapping[str, str]) -> LimitHeaders:
+    """The limits that a reply's headers (names in lower case) tell of; nonsense counts as silence."""
+    retry_after_ms = parse_duration_s(headers.get("retry-after-ms", ""))
+    retry_after_s = parse_duration_s(headers.get("retry-after", ""))
+    return LimitHeaders(
+        requests=_read_limit(headers, "requests"),
+        tokens=_read_limit(headers, "tokens"),
+        retry_after_s=retry_after_ms / 1000 if retry_after_ms is not None else retry_after_s,
+    )
+
+
+def _read_limit(headers: Mapping[str, str], name: str) -> Limit | None:
+    limit, remaining = (
+        headers.get(f"x-ratelimit-limit-{name}", ""),
+        headers.get(f"x-ratelimit-remaining-{name}", ""),
+    )
+    if not (re.fullmatch(r"\d{1,12}", limit, re.ASCII) and re.fullmatch(r"-?\d{1,12}", remaining, re.ASCII)):
+        return None
+    if int(limit) <= 0:
+        return None
+    return Limit(
+        int(limit), max(0, int(remaining)), parse_duration_s(headers.get(f"x-ratelimit-reset-{name}", ""))
+    )
+
+
+@dataclass(slots=True)
+class Bucket:
+    """A limit as we keep it: `level` of `capacity` left, refilled at `per_s`."""
+
+    capacity: float
+    level: float
+    per_s: float
+    updated_s: float
+    sent: float = 0.0  # all that was ever reserved, to know what was sent since a call
+    window_seen: float = 0.0  # the share of the bucket on which `per_s` rests; a larger share tells more
+
+    def refill(self, now_s: float) -> None:
+        self.level = min(self.capacity, self.level + (now_s - self.updated_s) * self.per_s)
+        self.updated_s = now_s
+
+    def wait_s(self, amount: float, now_s: float) -> float:
+        """Seconds until `amount` is there; 0 if it is. Never asks for more than the bucket holds."""
+        self.refill(now_s)
+        missing = min(amount, self.capacity) - self.level
+        return 0.0 if missing <= 1e-9 else missing / self.per_s
+
+    def take(self, amount: float) -> None:
+        self.level -= min(amount, self.capacity)
+        self.sent += amount
+
+    def learn(self, told: Limit, sent_since: float, took_s: float, now_s: float) -> None:
+        """Heed a reply that left the server `took_s` after its call was sent, `sent_since` having been sent since."""
+        if told.limit != self.capacity:
+            self.level = min(self.level, told.limit) if told.limit < self.capacity else self.level
+            self.per_s *= told.limit / self.capacity
+            self.capacity = told.limit
+            self.window_seen = 0.0
+        used = told.limit - told.remaining
+        share = used / told.limit
+        if told.reset_s and used > 0 and share >= self.window_seen:
+            window_s = min(LONGEST_WINDOW_S, max(1.0, told.reset_s * told.limit / used))
+            self.per_s, self.window_seen = told.limit / window_s, share
+        self.refill(now_s)
+        self.level = min(self.level, told.remaining + took_s * self.per_s - sent_since)
+
+    @classmethod
+    def first(cls, told: Limit, now_s: float) -> "Bucket":
+        bucket = cls(told.limit, told.remaining, told.limit / DEFAULT_WINDOW_S, now_s)
+        bucket.learn(told, 0.0, 0.0, now_s)
+        return bucket
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one call was allowed to spend, and how much had been sent in all when it went."""
+
+    tokens: int
+    sent_at_s: float
+    requests_sent: float
+    tokens_sent: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Not now: after `seconds` (infinite: when a reply comes in), because of `bound`."""
+
+    seconds: float
+    bound: Bound | None
+
+
+class Limiter:
+    """One quota group's pace for one model."""
+
+    def __init__(self) -> None:
+        self.requests: Bucket | None = None
+        self.tokens: Bucket | None = None
+        self.in_flight = 0
+        self.window = (
+            1  # calls in flight at once: 1 until the first reply, then it doubles with each round of replies
+        )
+        self.window_limit = math.inf  # learned by halving where the server tells no limits
+        self.rest_until_s = 0.0
+        self.rests_in_a_row = 0
+        self.bound_by: Bound | None = None
+        self.blocked = False  # whether somebody waits for a reply to make room
+        self._ratio = 1.0  # true prompt tokens ÷ estimated ones
+        self._completion_tokens = 0.0
+
+    def cost(self, prompt_tokens: int, max_output_tokens: int | None) -> int:
+        """Tokens to reserve: the corrected estimate, and the answer as long as answers have been."""
+        output = max_output_tokens if max_output_tokens is not None else self._completion_tokens
+        return max(1, round(prompt_tokens * self._ratio + output))
+
+    def reserve(self, tokens: int, now_s: float) -> Reservation | Wait:
+        """Reserve one request of so many tokens, or say how long to wait for it."""
+        wait = self._wait(tokens, now_s)
+        self.bound_by = wait.bound
+        if wait.seconds > 0:
+            self.blocked = self.blocked or math.isinf(wait.seconds)
+            return wait
+        reservation = Reservation(
+            tokens,
+            now_s,
+            self.requests.sent if self.requests else 0.0,
+            self.tokens.sent if self.tokens else 0.0,
+        )
+        if self.requests:
+            self.requests.take(1)
+        if self.tokens:
+            self.tokens.take(tokens)
+        self.in_flight += 1
+        return reservation
+
+    def _wait(self, tokens: int, now_s: float) -> Wait:
+        if self.rest_until_s > now_s:
+            return Wait(self.rest_until_s - now_s, Bound.REQUESTS)
+        if self.in_flight >= min(self.window, self.window_limit):
+            return Wait(math.inf, None if self.window_limit == math.inf else Bound.REQUESTS)
+        requests_s = self.requests.wait_s(1, now_s) if self.requests else 0.0
+        tokens_s = self.tokens.wait_s(tokens, now_s) if self.tokens else 0.0
+        if requests_s >= tokens_s:
+            return Wait(requests_s, Bound.REQUESTS if requests_s else None)
+        return Wait(tokens_s, Bound.TOKENS)
+
+    def replied(
+        self,
+        reservation: Reservation,
+        headers: LimitHeaders,
+        now_s: float,
+        *,
+        estimate: int = 0,
+        prompt_tokens: int = 0,
+        completion_tokens: int = 0,
+    ) -> None:
+        """Settle a call that was answered; token counts of 0 mean that the reply did not tell."""
+        self.in_flight -= 1
+        self.rests_in_a_row = 0
+        self.window += 1
+        if self.window_limit != math.inf:
+            self.window_limit += 1 / self.window_limit
+        if prompt_tokens:
+            self._learn_cost(reservation, estimate, prompt_tokens, completion_tokens)
+        self._learn(reservation, headers, now_s)
+
+    def failed(self, reservation: Reservation, headers: LimitHeaders, now_s: float) -> None:
+        """Settle a call that gave no answer; what it reserved stays spent, since the server may have counted it."""
+        self.in_flight -= 1
+        self._learn(reservation, headers, now_s)
+
+    def rate_limited(
+        self,
+        reservation: Reservation,
+        headers: LimitHeaders,
+        now_s: float,
+        rest_s: float | None,
+        jitter: float,
+    ) -> None:
+        """Settle a call that was refused for its rate: nothing is sent for `rest_s`, or for as long as we think fit."""
+        self.in_flight -= 1
+        self._learn(reservation, headers, now_s)
+        told = self.requests is not None or self.tokens is not None
+        if not told:
+            self.window_limit = max(1.0, min(self.window_limit, self.in_flight + 1, self.window) / 2)
+        if reservation.sent_at_s >= self.rest_until_s:
+            self.rests_in_a_row += 1
+        if rest_s is None:
+            rest_s = (0.5 + jitter / 2) * min(
+                LONGEST_REST_S, FIRST_REST_S * 2.0 ** max(0, self.rests_in_a_row - 1)
+            )
+        self.rest_until_s = max(self.rest_until_s, now_s + rest_s)
+
+    def pause_s(self, now_s: float) -> float:
+        """Seconds until the smallest request could go; 0 if it can, or waits for a reply only."""
+        if self.rest_until_s > now_s:
+            return self.rest_until_s - now_s
+        return (
+            max(bucket.wait_s(1, now_s) for bucket in (self.requests, self.tokens) if bucket)
+            if self.requests or self.tokens
+            else 0.0
+        )
+
+    def released(self) -> None:
+        """Give back a reservation whose call was never sent."""
+        self.in_flight -= 1
+
+    def _learn_cost(self, reservation: Reservation, estimate: int, prompt: int, completion: int) -> None:
+        if estimate:
+            self._ratio += 0.1 * (min(8.0, max(0.125, prompt / estimate)) - self._ratio)
+        self._completion_tokens += 0.1 * (completion - self._completion_tokens)
+        if self.tokens:
+            self.tokens.level -= max(0, prompt + completion - reservation.tokens)
+
+    def _learn(self, reservation: Reservation, headers: LimitHeaders, now_s: float) -> None:
+        took_s = now_s - reservation.sent_at_s
+        if headers.requests:
+            if self.requests is None:
+                self.requests = Bucket.first(headers.requests, now_s)
+            else:
+                since = self.requests.sent - reservation.requests_sent - 1
+                self.requests.learn(headers.requests, max(0.0, since), took_s, now_s)
+        if headers.tokens:
+            if self.tokens is None:
+                self.tokens = Bucket.first(headers.tokens, now_s)
+            else:
+                since = self.tokens.sent - reservation.tokens_sent - reservation.tokens
+                self.tokens.learn(headers.tokens, max(0.0, since), took_s, now_s)

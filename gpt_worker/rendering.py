@@ -1,0 +1,167 @@
+"""A job as the outside sees it: the same object in replies, lists and webhooks. Reads rows; decides nothing."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from gpt_worker.db import Database
+from gpt_worker.domain import TaskState
+from gpt_worker.models import JobRow
+from gpt_worker.store import jobs as job_store
+from gpt_worker.store import tasks as task_store
+from gpt_worker.store.tasks import TaskResult
+
+MAX_RESULT_TASKS = 10_000
+MAX_RESULT_BYTES = 8 << 20
+PAGE_TASKS = 1000
+
+
+def render_time(moment: datetime | None) -> str | None:
+    """`2026-01-31T12:00:00.000Z`, RFC 3339 in UTC."""
+    return (
+        None
+        if moment is None
+        else moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    )
+
+
+def render_job(
+    session: Session, job: JobRow, *, with_results: bool, waiting: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """The job object of the API. The three result members are null when left out or too large to stand in it."""
+    results = errors = finish_reasons = None
+    fits = results_fit(job)
+    if with_results and fits:
+        results, errors, finish_reasons = _results(session, job.id)
+    return {
+        "id": job.id,
+        "status": job.status,
+        "run": job.run,
+        "model": job.model,
+        "delivery": job.delivery,
+        "owner": job_store.owner_email(session, job),
+        "metadata": job.meta,
+        "waiting": waiting,
+        "counts": {
+            "total": job.total,
+            "answered": job.answered,
+            "failed": job.failed,
+            "pending": job.total - job.answered - job.failed,
+        },
+        "usage": {
+            "requests": job.requests,
+            "prompt_tokens": job.prompt_tokens,
+            "completion_tokens": job.completion_tokens,
+        },
+        "results": results,
+        "errors": errors,
+        "finish_reasons": finish_reasons,
+        "results_url": None if fits else f"/jobs/{job.id}/results",
+        "created_at": render_time(job.created_at),
+        "started_at": render_time(job.started_at),
+        "finished_at": render_time(job.finished_at),
+    }
+
+
+def results_fit(job: JobRow) -> bool:
+    """Whether the results of a job of this size stand in the job object."""
+    return job.total <= MAX_RESULT_TASKS and job.results_bytes <= MAX_RESULT_BYTES
+
+
+def _results(session: Session, job_id: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    results: dict[str, Any] = {}
+    errors: dict[str, Any] = {}
+    finish_reasons: dict[str, Any] = {}
+    for task in task_store.results_page(session, job_id, after=-1, limit=MAX_RESULT_TASKS):
+        results[task.id] = task.answer
+        if task.state == TaskState.FAILED:
+            errors[task.id] = render_error(task)
+        elif task.state == TaskState.ANSWERED and task.finish_reason != "stop":
+            finish_reasons[task.id] = task.finish_reason
+    return results, errors, finish_reasons
+
+
+def render_error(task: TaskResult) -> dict[str, Any] | None:
+    """`{"code", "message", "attempts"}` of a task that failed, else None."""
+    if task.state != TaskState.FAILED:
+        return None
+    return {"code": task.error_code, "message": task.error_message, "attempts": task.attempts}
+
+
+def results_jsonl(database: Database, job_id: str) -> Iterator[bytes]:
+    """The decided tasks, `{"id", "result", "error", "finish_reason"}` a line, in order, a page at a time."""
+    for page in _pages(database, job_id):
+        lines = [
+            json.dumps(
+                {
+                    "id": task.id,
+                    "result": task.answer,
+                    "error": render_error(task),
+                    "finish_reason": task.finish_reason,
+                },
+                ensure_ascii=False,
+                separators=(",", ":"),
+            )
+            for task in page
+            if task.state != TaskState.PENDING
+        ]
+        if lines:
+            yield ("\n".join(lines) + "\n").encode()
+
+
+def results_json(database: Database, job_id: str) -> Iterator[bytes]:
+    """`{"results": {…}, "errors": {…}}` with every id, in order; two walks, so that memory stays flat."""
+
+    def members(entries: Iterator[tuple[str, Any]]) -> Iterator[bytes]:
+        comma = ""
+        for name, value in entries:
+            yield f"{comma}{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}".encode()
+            comma = ","
+
+    yield b'{"results":{'
+    yield from members((task.id, task.answer) for page in _pages(database, job_id) for task in page)
+    yield b'},"errors":{'
+    yield from members(
+        (task.id, render_error(task))
+        for page in _pages(database, job_id)
+        for task in page
+        if task.state == TaskState.FAILED
+    )
+    yield b"}}\n"
+
+
+def results_csv(database: Database, job_id: str) -> Iterator[bytes]:
+    """`id,result,error_code,finish_reason` of the decided tasks; no cell that a spreadsheet would run as a formula."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(("id", "result", "error_code", "finish_reason"))
+    for page in _pages(database, job_id):
+        for task in page:
+            if task.state != TaskState.PENDING:
+                cells = (task.id, task.answer or "", task.error_code or "", task.finish_reason or "")
+                writer.writerow([_defused(cell) for cell in cells])
+        yield buffer.getvalue().encode()
+        buffer.seek(0)
+        buffer.truncate()
+    yield buffer.getvalue().encode()
+
+
+def _defused(cell: str) -> str:
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
+
+
+def _pages(database: Database, job_id: str) -> Iterator[list[TaskResult]]:
+    after = -1
+    while True:
+        with database.read() as session:
+            page = task_store.results_page(session, job_id, after, PAGE_TASKS)
+        if page:
+            yield page
+        if len(page) < PAGE_TASKS:
+            return
+        after = page[-1].position

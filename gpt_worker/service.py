@@ -1,0 +1,121 @@
+"""The parts of the service by name, and the order in which they start and stop."""
+
+import logging
+import time
+from dataclasses import dataclass, field
+
+from flask import Flask
+
+from config import Settings, SettingsError
+from gpt_worker.accounts import Accounts
+from gpt_worker.db import Database
+from gpt_worker.deliveries import Deliveries
+from gpt_worker.dispatcher import Dispatcher
+from gpt_worker.domain import JobStatus
+from gpt_worker.embedded import EmbeddedModel, EmbeddedModelMissing, check_installed
+from gpt_worker.janitor import Janitor
+from gpt_worker.jobs import CANCELLED, Jobs
+from gpt_worker.keys import KeyBoard
+from gpt_worker.modes import ModeBoard
+from gpt_worker.places import Places
+from gpt_worker.recorder import Recorder
+from gpt_worker.store import jobs as job_store
+
+log = logging.getLogger(__name__)
+
+CALLS_GRACE_S = 23.0  # of the 30 s in which SIGTERM must be done
+COMMIT_GRACE_S = 2.0
+
+
+@dataclass(slots=True)
+class Service:
+    """Everything that lives as long as the process; the HTTP face finds it in `app.extensions["gpt_worker"]`."""
+
+    app: Flask
+    settings: Settings
+    database: Database
+    modes: ModeBoard
+    accounts: Accounts
+    recorder: Recorder
+    dispatcher: Dispatcher
+    deliveries: Deliveries
+    jobs: Jobs
+    janitor: Janitor
+    embedded: EmbeddedModel | None
+    model_name: str
+    link_key: bytes
+    keys: KeyBoard
+    version: str
+    places: Places = field(default_factory=Places)
+    ready: bool = False
+    stopping: bool = False
+
+    def start(self) -> None:
+        """Bring the tables up to date, take up what an earlier process left, and begin to serve.
+
+        In the process that serves, after the fork and with DATA_DIR owned. Raises SettingsError if the embedded model
+        is to answer and is not there.
+        """
+        if self.embedded is not None:
+            try:
+                check_installed(self.settings.model_path)
+            except EmbeddedModelMissing as error:
+                raise SettingsError(str(error)) from error
+        self.database.migrate()
+        with self.app.app_context():
+            self.accounts.prepare()
+        with self.database.write() as session:
+            job_store.discard_half_received(session)
+            unfinished = job_store.open_jobs(session)
+        self.recorder.start()
+        for job in unfinished:
+            if job.status == JobStatus.CANCELLED:
+                self.recorder.close_job(job.id, CANCELLED, ())
+        self.dispatcher.start(job for job in unfinished if job.status != JobStatus.CANCELLED)
+        self.deliveries.start()
+        self.janitor.start()
+        if self.embedded is not None:
+            self.embedded.start()
+        self.ready = True
+        self._say_started(len(unfinished))
+
+    def _say_started(self, unfinished: int) -> None:
+        by = (
+            f"the embedded model {self.model_name}"
+            if self.embedded
+            else f"{len(self.dispatcher.lanes)} API keys"
+        )
+        log.info(
+            "gpt-worker answers with %s on http://%s:%d; unfinished jobs: %d",
+            by,
+            self.settings.host,
+            self.settings.port,
+            unfinished,
+            extra={"action": "started"},
+        )
+
+    def begin_shutdown(self) -> None:
+        """Not ready any more: nothing new is taken, and who waits for a job gets their 202."""
+        self.stopping = True
+        self.ready = False
+        self.jobs.begin_shutdown()
+        self.dispatcher.stop_taking()
+
+    def stop(self) -> None:
+        """Let calls in flight end, store what they brought, and stop every part."""
+        began_s = time.monotonic()
+        self.dispatcher.stop_taking()
+        if not self.dispatcher.wait_idle(CALLS_GRACE_S):
+            log.warning("calls in flight were cut; their tasks stay pending", extra={"action": "stop"})
+        self.abort()
+        self.deliveries.stop(max(0.5, CALLS_GRACE_S - (time.monotonic() - began_s)))
+        self.janitor.stop()
+        if not self.recorder.stop(COMMIT_GRACE_S):
+            log.error("the last answers could not be stored in time", extra={"action": "stop"})
+        if self.embedded is not None:
+            self.embedded.stop()
+        self.database.close()
+
+    def abort(self) -> None:
+        """Cut the calls in flight; `stop` then ends at once."""
+        self.dispatcher.abort()

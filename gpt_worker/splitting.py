@@ -1,0 +1,58 @@
+"""How large a prompt is, and how a job's tasks become chunks. Pure: values in, values out."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from gpt_worker.domain import Prompt
+
+BYTES_PER_TOKEN = 4
+TOKENS_PER_MESSAGE = 4  # what OpenAI's chat format adds to each message
+CHUNKS_PER_THREAD = 4
+
+
+def estimate_tokens(text: str) -> int:
+    """Prompt tokens of a text, at least 1: UTF-8 bytes ÷ 4, so that no tokenizer is needed."""
+    return max(1, len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
+
+
+def estimate_prompt(prompt: Prompt, template_tokens: int = 0, instructions_tokens: int = 0) -> int:
+    """Prompt tokens of a whole task, with what the job's template and instructions add."""
+    return (
+        TOKENS_PER_MESSAGE + template_tokens + instructions_tokens + sum(map(estimate_tokens, _texts(prompt)))
+    )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for member in value.values():
+            yield from _texts(member)
+    elif isinstance(value, list):
+        for member in value:
+            yield from _texts(member)
+
+
+def chunk_limit(tasks: int, threads: int) -> int:
+    """The most tasks of one chunk: about tasks ÷ (4 × threads), so that no thread is left with a long tail."""
+    return max(1, tasks // (CHUNKS_PER_THREAD * max(1, threads)))
+
+
+def fits(
+    chunk_tokens: int, chunk_tasks: int, next_tokens: int, max_chunk_tokens: int, max_tasks: int
+) -> bool:
+    """Whether one more task goes into a chunk; a single larger task is its own chunk."""
+    return chunk_tasks == 0 or (chunk_tasks < max_tasks and chunk_tokens + next_tokens <= max_chunk_tokens)
+
+
+def split(task_tokens: Iterable[int], max_chunk_tokens: int, max_tasks: int) -> Iterator[int]:
+    """How many tasks each chunk holds, in order."""
+    count = tokens = 0
+    for next_tokens in task_tokens:
+        if not fits(tokens, count, next_tokens, max_chunk_tokens, max_tasks):
+            yield count
+            count = tokens = 0
+        count += 1
+        tokens += next_tokens
+    if count:
+        yield count

@@ -1,0 +1,213 @@
+"""Queries on jobs and their idempotency keys."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy import CursorResult, delete, exists, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from gpt_worker.domain import HIDDEN, UNFINISHED, Caller, JobStatus, Usage
+from gpt_worker.models import DeliveryRow, IdempotencyRow, JobRow, TaskRow, UserRow
+
+
+@dataclass(slots=True)
+class JobProgress:
+    """What one group of outcomes adds to a job's counts."""
+
+    answered: int = 0
+    failed: int = 0
+    results_bytes: int = 0
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add_call(self, calls: int, usage: Usage) -> None:
+        self.requests += calls
+        self.prompt_tokens += usage.prompt_tokens
+        self.completion_tokens += usage.completion_tokens
+
+
+def add_job(session: Session, job: JobRow) -> None:
+    session.add(job)
+
+
+def find_job(session: Session, job_id: str, caller: Caller) -> JobRow | None:
+    """The job, if this caller may see it: their own, any for an admin, an ownerless one for the anonymous."""
+    job = session.get(JobRow, job_id)
+    if job is None or job.status in HIDDEN:
+        return None
+    return job if caller.is_admin or job.owner_id == caller.user_id else None
+
+
+def get_job(session: Session, job_id: str) -> JobRow | None:
+    return session.get(JobRow, job_id)
+
+
+def owner_email(session: Session, job: JobRow) -> str | None:
+    return session.scalar(select(UserRow.email).where(UserRow.id == job.owner_id)) if job.owner_id else None
+
+
+def list_jobs(
+    session: Session,
+    caller: Caller,
+    *,
+    everyone: bool,
+    status: JobStatus | None,
+    before: str | None,
+    limit: int,
+) -> Sequence[JobRow]:
+    """Up to `limit` jobs, newest first, behind the cursor `before`: one's own, or everyone's."""
+    statement = select(JobRow).order_by(JobRow.id.desc()).limit(limit)
+    statement = statement.where(JobRow.status == status if status else JobRow.status.not_in(HIDDEN))
+    if not everyone:
+        statement = statement.where(JobRow.owner_id == caller.user_id)
+    if before is not None:
+        statement = statement.where(JobRow.id < before)
+    return session.scalars(statement).all()
+
+
+def open_jobs(session: Session) -> Sequence[JobRow]:
+    """The jobs with work left, oldest first: queued and running ones, and cancelled ones not yet closed."""
+    return session.scalars(
+        select(JobRow)
+        .where(JobRow.status.in_((*UNFINISHED, JobStatus.CANCELLED)), JobRow.finished_at.is_(None))
+        .order_by(JobRow.id)
+    ).all()
+
+
+def queue(session: Session, job_id: str, total: int, results_bytes: int) -> None:
+    """The last commit of a submit: the job is whole and can be seen."""
+    session.execute(
+        update(JobRow)
+        .where(JobRow.id == job_id, JobRow.status == JobStatus.RECEIVING)
+        .values(status=JobStatus.QUEUED, total=total, results_bytes=results_bytes)
+    )
+
+
+def start(session: Session, job_id: str, at: datetime) -> None:
+    session.execute(
+        update(JobRow)
+        .where(JobRow.id == job_id, JobRow.status == JobStatus.QUEUED)
+        .values(status=JobStatus.RUNNING, started_at=at)
+    )
+
+
+def add_progress(session: Session, job_id: str, progress: JobProgress) -> None:
+    session.execute(
+        update(JobRow)
+        .where(JobRow.id == job_id)
+        .values(
+            answered=JobRow.answered + progress.answered,
+            failed=JobRow.failed + progress.failed,
+            results_bytes=JobRow.results_bytes + progress.results_bytes,
+            requests=JobRow.requests + progress.requests,
+            prompt_tokens=JobRow.prompt_tokens + progress.prompt_tokens,
+            completion_tokens=JobRow.completion_tokens + progress.completion_tokens,
+        ),
+        execution_options={"synchronize_session": False},
+    )
+
+
+def end_if_done(session: Session, job_id: str, at: datetime) -> JobRow | None:
+    """End a job whose tasks are all decided; the job if this call ended it."""
+    job = session.get(JobRow, job_id, populate_existing=True)
+    if job is None or job.finished_at is not None or job.status in HIDDEN:
+        return None
+    if job.answered + job.failed < job.total:
+        return None
+    if job.status != JobStatus.CANCELLED:
+        job.status = final_status(job.total, job.answered)
+    job.finished_at = at
+    return job
+
+
+def final_status(total: int, answered: int) -> JobStatus:
+    """succeeded: every task answered; partial: some; failed: none."""
+    if answered == total:
+        return JobStatus.SUCCEEDED
+    return JobStatus.PARTIAL if answered else JobStatus.FAILED
+
+
+def cancel(session: Session, job_id: str) -> bool:
+    """Whether an unfinished job was cancelled by this call."""
+    result = session.execute(
+        update(JobRow)
+        .where(JobRow.id == job_id, JobRow.status.in_(UNFINISHED))
+        .values(status=JobStatus.CANCELLED)
+    )
+    assert isinstance(result, CursorResult)
+    return result.rowcount == 1
+
+
+def reopen(job: JobRow, reopened: int, deadline_at: datetime) -> None:
+    """Queue a finished job again as its next run."""
+    job.run += 1
+    job.status = JobStatus.QUEUED
+    job.failed -= reopened
+    job.finished_at = None
+    job.deadline_at = deadline_at
+
+
+def discard(session: Session, job_id: str) -> None:
+    """Hide a job for good; its rows are deleted in slices afterwards."""
+    session.execute(update(JobRow).where(JobRow.id == job_id).values(status=JobStatus.DISCARDED))
+
+
+def discard_half_received(session: Session) -> None:
+    """At start: nobody is sending these any more."""
+    session.execute(
+        update(JobRow).where(JobRow.status == JobStatus.RECEIVING).values(status=JobStatus.DISCARDED)
+    )
+    session.execute(delete(IdempotencyRow).where(IdempotencyRow.job_id.is_(None)))
+
+
+def discard_older(session: Session, finished_before: datetime) -> None:
+    """Retention: hide jobs that were finished long ago, but for those whose webhook is still owed."""
+    owed = exists().where(DeliveryRow.job_id == JobRow.id, DeliveryRow.finished_at.is_(None))
+    session.execute(
+        update(JobRow)
+        .where(JobRow.finished_at < finished_before, JobRow.status.not_in(HIDDEN), ~owed)
+        .values(status=JobStatus.DISCARDED),
+        execution_options={"synchronize_session": False},
+    )
+
+
+def discarded_jobs(session: Session) -> Sequence[str]:
+    return session.scalars(select(JobRow.id).where(JobRow.status == JobStatus.DISCARDED)).all()
+
+
+def delete_job(session: Session, job_id: str) -> None:
+    """Delete a job whose tasks are gone."""
+    assert not session.scalar(select(exists().where(TaskRow.job_id == job_id)))
+    session.execute(delete(IdempotencyRow).where(IdempotencyRow.job_id == job_id))
+    session.execute(delete(JobRow).where(JobRow.id == job_id))
+
+
+def claim_key(session: Session, row: IdempotencyRow) -> IdempotencyRow | None:
+    """Take an Idempotency-Key; the row that has it already, or None when it is ours now."""
+    try:
+        with session.begin_nested():
+            session.add(row)
+    except IntegrityError:
+        return session.get(IdempotencyRow, (row.user_key, row.key_hash))
+    return None
+
+
+def free_key(session: Session, user_key: str, key_hash: str) -> None:
+    session.execute(
+        delete(IdempotencyRow).where(IdempotencyRow.user_key == user_key, IdempotencyRow.key_hash == key_hash)
+    )
+
+
+def bind_key(session: Session, user_key: str, key_hash: str, job_id: str) -> None:
+    session.execute(
+        update(IdempotencyRow)
+        .where(IdempotencyRow.user_key == user_key, IdempotencyRow.key_hash == key_hash)
+        .values(job_id=job_id)
+    )
+
+
+def drop_old_keys(session: Session, created_before: datetime) -> None:
+    session.execute(delete(IdempotencyRow).where(IdempotencyRow.created_at < created_before))

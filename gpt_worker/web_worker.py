@@ -1,0 +1,624 @@
+"""The gthread worker that does not freeze on silent clients, and that starts and stops the service around its loop.
+
+The main loop collects the head of each request itself, so a thread is only spent on a request whose head is whole.
+The order of a life: own DATA_DIR, build the application, start the service, serve; at a signal, the service is told
+at once while the last requests are answered. It knows nothing of what the application does.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import resource
+import select
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import partial
+from http import HTTPStatus
+from types import FrameType
+from typing import Any, NoReturn, Protocol
+
+from gunicorn.arbiter import Arbiter
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
+from gunicorn.http import errors as http_errors
+from gunicorn.workers.gthread import TConn, ThreadWorker
+from werkzeug.exceptions import BadRequest, ClientDisconnected, RequestTimeout
+
+from config import Settings, SettingsError
+from gpt_worker.ownership import DataDirBusy, DataDirLock
+from gpt_worker.places import WEB_THREADS
+
+THREADS = WEB_THREADS
+GRACEFUL_TIMEOUT_S = 28
+REFUSED = 2  # the exit status of a server that may not start
+
+HEAD_WAIT_S = 10.0  # from a connection's or request's first readiness to the end of its header block
+MAX_HEAD_BYTES = 64 * 1024
+BODY_WAIT_S = 30.0  # of silence, between two pieces of a body
+SEND_WAIT_S = 30.0  # in which a client takes nothing of its reply
+LINGER_S = 2.0  # so that the last bytes of a reply reach a client that is still sending
+QUICK_STOP_S = 1.5  # gunicorn's arbiter kills a worker 2 s after a quick shutdown was asked for
+FIRST_LOCK_WAIT_S = 2.0  # covers another server's look at the lock, not another server
+NEXT_LOCK_WAIT_S = GRACEFUL_TIMEOUT_S + 10.0
+SAME_SIGNAL_S = 0.5  # a process group's SIGTERM also comes from make, or from a supervisor
+OPEN_FILES = 16_384
+READ_BYTES = 64 * 1024
+
+logger = logging.getLogger(__name__)
+
+
+class Service(Protocol):
+    """What the worker asks of `app.extensions["gpt_worker"]`."""
+
+    def start(self) -> None:
+        """Start the threads; DATA_DIR is owned."""
+
+    def begin_shutdown(self) -> None:
+        """Take nothing new and let go of every waiting request; returns at once."""
+
+    def stop(self) -> None:
+        """Wait for the calls in flight, for 25 s at most, and commit. Requests are still being answered."""
+
+    def abort(self) -> None:
+        """Drop the calls in flight and commit what there is, so that `stop` returns within a second."""
+
+
+def refuse(message: str) -> NoReturn:
+    """End this process, which is only starting, with one line and exit status 2."""
+    print(f"gpt-worker: {message}", file=sys.stderr, flush=True)
+    sys.exit(REFUSED)
+
+
+# The client's end
+
+
+class ClientSilent(ConnectionResetError):
+    """The client sent or took nothing for too long; to gunicorn, a client that has gone."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ECONNRESET, "the client went silent")
+
+
+class HeadTooSlow(Exception):
+    """The header block did not end in time."""
+
+
+class ClientSocket(socket.socket):
+    """A connection that no blocking read or write holds for ever.
+
+    The bounds are on silence, not on the whole: a client that keeps sending, or keeps taking, has all its time
+    (`socket.settimeout` would bound a whole `sendall`). A timeout that somebody set goes before ours.
+    """
+
+    head_deadline_s: float | None = None
+
+    def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
+        if flags == 0 and self.gettimeout() is None:
+            if self.head_deadline_s is None:
+                if not self._is_ready(select.POLLIN, BODY_WAIT_S):
+                    raise ClientSilent
+            elif not self._is_ready(select.POLLIN, self.head_deadline_s - time.monotonic()):
+                raise HeadTooSlow
+        return super().recv(bufsize, flags)
+
+    def sendall(self, data: Any, flags: int = 0, /) -> None:
+        if self.gettimeout() is not None:
+            super().sendall(data, flags)
+            return
+        left = memoryview(data).cast("B")
+        while left:
+            if not self._is_ready(select.POLLOUT, SEND_WAIT_S):
+                raise ClientSilent
+            with contextlib.suppress(BlockingIOError):
+                left = left[self.send(left, flags | socket.MSG_DONTWAIT) :]
+
+    def _is_ready(self, event: int, wait_s: float) -> bool:
+        poll = select.poll()
+        poll.register(self, event)
+        return bool(poll.poll(max(0.0, wait_s) * 1000))
+
+
+class RequestBody:
+    """gunicorn's body of a request, with a client's faults raised as HTTP errors that any Flask handler answers."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def read(self, size: int | None = None) -> bytes:
+        with _client_faults_as_http_errors():
+            return bytes(self._body.read(size))
+
+    def readline(self, size: int | None = None) -> bytes:
+        with _client_faults_as_http_errors():
+            return bytes(self._body.readline(size))
+
+    def readlines(self, hint: int | None = None) -> list[bytes]:
+        with _client_faults_as_http_errors():
+            return list(self._body.readlines(hint))
+
+    def __iter__(self) -> Iterator[bytes]:
+        while line := self.readline():
+            yield line
+
+
+@contextlib.contextmanager
+def _client_faults_as_http_errors() -> Iterator[None]:
+    try:
+        yield
+    except ClientSilent as error:
+        raise RequestTimeout(f"The body stopped coming for {BODY_WAIT_S:.0f} seconds.") from error
+    except http_errors.ParseException as error:
+        raise BadRequest("The chunks of the body are malformed.") from error
+    except OSError as error:
+        raise ClientDisconnected from error
+
+
+class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
+    """A client's connection and what has come of its next request's head."""
+
+    def __init__(self, cfg: Config, sock: ClientSocket, client: Any, server: Any) -> None:
+        super().__init__(cfg, sock, client, server)
+        self.head = bytearray()
+
+
+def is_whole_head(head: bytes | bytearray, max_line_bytes: int) -> bool:
+    """Whether the parser can say something about these first bytes of a request without reading more.
+
+    True for a head that has ended, and for one that is wrong already: too long a request line, or a bare line feed.
+    """
+    if b"\r\n\r\n" in head or head.count(b"\n") != head.count(b"\r\n"):
+        return True
+    return len(head) > max_line_bytes + 4 and b"\r\n" not in head[2 : max_line_bytes + 4]
+
+
+# gunicorn's own error pages
+
+# By kind of error; the first that fits counts.
+_PARSE_PROBLEMS: dict[type[Exception], tuple[int, str]] = {
+    HeadTooSlow: (408, f"The headers did not arrive within {HEAD_WAIT_S:.0f} seconds."),
+    http_errors.LimitRequestLine: (414, "The request line is too long."),
+    http_errors.LimitRequestHeaders: (431, "The headers are too large."),
+    http_errors.UnsupportedTransferCoding: (501, "Only the transfer coding chunked is known."),
+    http_errors.ExpectationFailed: (417, "Only the expectation 100-continue is known."),
+    http_errors.ForbiddenProxyRequest: (403, "This proxy is not allowed here."),
+    http_errors.ConfigurationProblem: (500, "The server is configured wrongly."),
+    http_errors.InvalidRequestLine: (400, "The request line is malformed."),
+    http_errors.InvalidHTTPVersion: (400, "Only HTTP/1.0 and HTTP/1.1 are spoken here."),
+    http_errors.InvalidHeader: (400, "A header is malformed."),
+    http_errors.InvalidHeaderName: (400, "The name of a header is malformed."),
+    http_errors.ParseException: (400, "The request is malformed."),
+}
+_SERVER_FAULTS = (http_errors.InvalidResponseHeader, http_errors.InvalidResponseHeaderName)
+
+
+def describe_error(error: Exception) -> tuple[HTTPStatus, str]:
+    """The status and the sentence for an error that no application saw; it shows nothing that the client sent."""
+    if not isinstance(error, _SERVER_FAULTS):
+        for kind, (status, detail) in _PARSE_PROBLEMS.items():
+            if isinstance(error, kind):
+                return HTTPStatus(status), detail
+    return HTTPStatus.INTERNAL_SERVER_ERROR, "The request failed; the log tells more under this id."
+
+
+def render_problem(status: HTTPStatus, detail: str, request_id: str) -> bytes:
+    """A whole HTTP response that carries a problem (RFC 9457) and closes the connection."""
+    body = json.dumps(
+        {
+            "type": "about:blank",
+            "title": status.phrase,
+            "status": status.value,
+            "detail": detail,
+            "request_id": request_id,
+        }
+    ).encode()
+    head = (
+        f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+        "Content-Type: application/problem+json\r\n"
+        f"Content-Length: {len(body)}\r\n"
+        f"X-Request-Id: {request_id}\r\n"
+        "Connection: close\r\n\r\n"
+    )
+    return head.encode("ascii") + body
+
+
+# The worker
+
+
+class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+    """One process that serves: a main loop for connections, `THREADS` threads for requests, one service."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lingering_conns: deque[Connection] = deque()
+        self.lock: DataDirLock | None = None
+        self.service: Service | None = None
+        self._quick_since_s: float | None = None
+
+    # Start
+
+    def init_process(self) -> None:
+        threading.excepthook = _log_thread_death
+        _raise_file_limit()
+        super().init_process()
+
+    def load_wsgi(self) -> None:
+        """Own DATA_DIR, build the application, start its service; a refusal is one line, and ends the arbiter too."""
+        is_started = threading.Event()
+        self._in_background(partial(self._notify_until, is_started), "start-heartbeat")
+        try:
+            self._own(Settings.from_env())
+            super().load_wsgi()
+            service: Service = self.wsgi.extensions["gpt_worker"]
+            service.start()
+            self.service = service
+        except (SettingsError, DataDirBusy) as error:
+            print(f"gpt-worker: {error}", file=sys.stderr, flush=True)
+            self._leave(REFUSED)
+        except Exception:
+            logger.exception("The service could not start.", extra={"action": "start_failed"})
+            self._leave(REFUSED)
+        finally:
+            is_started.set()
+
+    def _own(self, settings: Settings) -> None:
+        """Take DATA_DIR's lock; after a reload the worker before this one holds it until it has stopped."""
+        lock = DataDirLock(settings.data_dir)
+        deadline_s = time.monotonic() + (FIRST_LOCK_WAIT_S if self.age == 1 else NEXT_LOCK_WAIT_S)
+        while True:
+            try:
+                lock.acquire(wait_s=0.5)
+                self.lock = lock
+                return
+            except DataDirBusy:
+                if not self.alive:
+                    self._leave(0)
+                if time.monotonic() > deadline_s:
+                    raise
+
+    def _notify_until(self, is_started: threading.Event) -> None:
+        """Keep the arbiter from taking a long start for a hang."""
+        while not is_started.wait(1.0):
+            self.notify()
+
+    # Serve
+
+    def run(self) -> None:
+        self.poller.register(
+            self.method_queue.fileno(), selectors.EVENT_READ, self.method_queue.run_callbacks
+        )
+        while self.alive and self.is_parent_alive():
+            self.set_accept_enabled(self.nr_conns < self.worker_connections)
+            self._turn(wait_s=1.0)
+        self._drain()
+        self._leave(0)
+
+    def _turn(self, wait_s: float) -> None:
+        self.notify()
+        self.wait_for_and_dispatch_events(wait_s)
+        self.murder_keepalived()
+        self.murder_pending()
+        while self.lingering_conns and self.lingering_conns[0].timeout <= time.monotonic():
+            self._drop(self.lingering_conns[0], self.lingering_conns)
+
+    def accept(self, listener: Any) -> None:
+        try:
+            accepted, address = listener.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                logger.warning(
+                    "No file descriptor is left for a connection.", extra={"action": "accept_failed"}
+                )
+                time.sleep(0.05)
+            elif error.errno not in (errno.EAGAIN, errno.ECONNABORTED):
+                raise
+            return
+        sock = ClientSocket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
+        self.nr_conns += 1
+        self._await_head(Connection(self.cfg, sock, address, listener.getsockname()))
+
+    def on_client_socket_readable(self, conn: Connection, client: ClientSocket) -> None:
+        """A kept-alive connection has something to say: the time for its next head runs from here."""
+        self.poller.unregister(client)
+        self.keepalived_conns.remove(conn)
+        self._await_head(conn)
+        self.on_pending_socket_readable(conn, client)
+
+    def on_pending_socket_readable(self, conn: Connection, client: ClientSocket) -> None:
+        """Collect the head; a request goes to a thread once its head is whole."""
+        try:
+            received = client.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = b""
+        conn.head += received
+        if not received:
+            self._drop(conn, self.pending_conns)
+        elif self._is_whole(conn):
+            self._forget(conn, self.pending_conns)
+            conn.data_ready = True
+            self.enqueue_req(conn)
+        elif len(conn.head) > MAX_HEAD_BYTES:
+            self._forget(conn, self.pending_conns)
+            self._answer_error(conn, http_errors.LimitRequestHeaders("head over its limit"))
+
+    def murder_pending(self) -> None:
+        """Close connections whose head did not come in time; one that had begun to speak is told why."""
+        while self.pending_conns and self.pending_conns[0].timeout <= time.monotonic():
+            conn = self.pending_conns[0]
+            if conn.head:
+                self._forget(conn, self.pending_conns)
+                self._answer_error(conn, HeadTooSlow())
+            else:
+                self._drop(conn, self.pending_conns)
+
+    def handle(self, conn: Connection) -> object:
+        conn.sock.setblocking(True)
+        conn.init()
+        conn.parser.unreader.unread(bytes(conn.head))
+        conn.head.clear()
+        conn.sock.head_deadline_s = time.monotonic() + HEAD_WAIT_S
+        return super().handle(conn)
+
+    def handle_request(self, req: Any, conn: Connection) -> bool:
+        conn.sock.head_deadline_s = None
+        body, req.body = req.body, RequestBody(req.body)
+        try:
+            return bool(super().handle_request(req, conn))
+        finally:
+            req.body = body  # gunicorn drains what was left unread, and knows its own errors
+
+    def finish_request(self, conn: Connection, future: "Future[Any]") -> None:
+        if future.cancelled() or future.exception() is not None or not future.result():
+            self._linger(conn)
+            return
+        conn.head += conn.parser.unreader.take_buffered()
+        if self._is_whole(conn):
+            self.enqueue_req(conn)
+        elif conn.head:
+            self._await_head(conn)
+        else:
+            super().finish_request(conn, future)
+
+    def handle_error(self, req: Any, client: ClientSocket, addr: Any, exc: Exception) -> None:
+        """Answer what the application never saw, as a problem; gunicorn's own page is HTML."""
+        status, detail = describe_error(exc)
+        request_id = uuid.uuid4().hex
+        facts = {"action": "bad_request", "status": status.value, "request_id": request_id}
+        if status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED:
+            logger.error("A request failed outside the application.", exc_info=exc, extra=facts)
+        else:
+            logger.debug("A malformed request was refused: %s", detail, extra=facts)
+        with contextlib.suppress(
+            OSError
+        ):  # so short a page fits into the socket's buffer, or nobody reads it
+            client.send(render_problem(status, detail, request_id), socket.MSG_DONTWAIT)
+
+    def _is_whole(self, conn: Connection) -> bool:
+        return is_whole_head(conn.head, self.cfg.limit_request_line)
+
+    def _await_head(self, conn: Connection) -> None:
+        conn.sock.setblocking(False)
+        conn.timeout = time.monotonic() + HEAD_WAIT_S
+        self.pending_conns.append(conn)
+        callback = partial(self.on_pending_socket_readable, conn)
+        self.poller.register(conn.sock, selectors.EVENT_READ, callback)
+
+    def _answer_error(self, conn: Connection, error: Exception) -> None:
+        self.handle_error(None, conn.sock, conn.client, error)
+        self._linger(conn)
+
+    def _linger(self, conn: Connection) -> None:
+        """Close in two steps (RFC 9112, section 9.6), without gunicorn's wait for the client in the main loop."""
+        try:
+            conn.sock.shutdown(socket.SHUT_WR)
+            conn.sock.setblocking(False)
+            callback = partial(self._on_lingering_readable, conn)
+            self.poller.register(conn.sock, selectors.EVENT_READ, callback)
+        except (OSError, ValueError):
+            self.nr_conns -= 1
+            conn.close()
+            return
+        conn.timeout = time.monotonic() + LINGER_S
+        self.lingering_conns.append(conn)
+
+    def _on_lingering_readable(self, conn: Connection, client: ClientSocket) -> None:
+        try:
+            received = client.recv(READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            received = b""
+        if not received:
+            self._drop(conn, self.lingering_conns)
+
+    def _forget(self, conn: Connection, conns: "deque[Connection]") -> None:
+        self.poller.unregister(conn.sock)
+        conns.remove(conn)
+
+    def _drop(self, conn: Connection, conns: "deque[Connection]") -> None:
+        self._forget(conn, conns)
+        self.nr_conns -= 1
+        conn.close()
+
+    # Stop
+
+    def handle_quit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGINT or SIGQUIT: stop at once, but cleanly; the time is counted from the first."""
+        if self._quick_since_s is None:
+            self._quick_since_s = time.monotonic()
+        if not self.booted:
+            self._leave(0)
+        self.handle_exit(sig, frame)
+        self.method_queue.defer(lambda: None)  # handle_exit wakes the loop only once
+
+    def _drain(self) -> None:
+        """Tell the service at once, and answer on open connections until it has stopped and no request is left."""
+        self.alive = False
+        began_s = time.monotonic()
+        self.set_accept_enabled(False)
+        for listener in self.sockets:
+            listener.close()
+        stopping = self._in_background(self._stop_service, "service-stop")
+        aborting: threading.Thread | None = None
+        while stopping.is_alive() or self._has_requests(began_s):
+            if self._quick_since_s is not None and aborting is None and self.service is not None:
+                aborting = self._in_background(self.service.abort, "service-abort")
+            if time.monotonic() > self._stop_by(began_s):
+                logger.warning("The stop took too long and was cut short.", extra={"action": "stop_cut"})
+                break
+            self._turn(wait_s=0.05)
+
+    def _stop_by(self, began_s: float) -> float:
+        if self._quick_since_s is not None:
+            return self._quick_since_s + QUICK_STOP_S
+        return began_s + float(self.cfg.graceful_timeout) - 1.0
+
+    def _has_requests(self, began_s: float) -> bool:
+        """Whether a reply is being made, or a client that has just connected may still ask for one."""
+        idle = len(self.keepalived_conns) + len(self.pending_conns)
+        if self.nr_conns > idle + len(self.lingering_conns):
+            return True
+        is_quick = self._quick_since_s is not None
+        return self.nr_conns > 0 and not is_quick and time.monotonic() < began_s + LINGER_S
+
+    def _stop_service(self) -> None:
+        if self.service is None:
+            return
+        self.service.begin_shutdown()
+        self.service.stop()
+
+    def _in_background(self, target: Any, name: str) -> threading.Thread:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _leave(self, status: int) -> NoReturn:
+        """End the process without joining threads: a call in flight may have minutes to go."""
+        if self.lock is not None:
+            self.lock.release()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _log_thread_death(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None:
+        facts = {"action": "thread_died", "thread": args.thread.name if args.thread else "unknown"}
+        logger.error("A thread died of a bug.", exc_info=args.exc_value, extra=facts)
+
+
+def _raise_file_limit() -> None:
+    """Allow as many open files as the system lets us, up to OPEN_FILES: many systems start at 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+# The arbiter's side
+
+
+class ServerLogger(Logger):  # type: ignore[misc]  # gunicorn has no types
+    """Hands gunicorn's records to our logging.
+
+    It is also the first of our code that sees gunicorn's final settings, flags and GUNICORN_CMD_ARGS included,
+    before a worker class or a preloaded application is imported: so what is not supported is refused here.
+    """
+
+    # What gunicorn adds when a worker refuses to start, which has said why, in one line.
+    ECHOES = frozenset({"Worker (pid:%s) exited with code %s.", "Shutting down: %s", "Reason: %s"})
+
+    def __init__(self, cfg: Config) -> None:
+        reason = unsupported(cfg)
+        if reason is not None:
+            refuse(reason)
+        super().__init__(cfg)
+
+    def setup(self, cfg: Config) -> None:
+        super().setup(cfg)
+        self.error_log.propagate = True
+
+    def error(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        if msg in self.ECHOES and (len(args) < 2 or args[1] == REFUSED):
+            self.debug(msg, *args, **kwargs)
+        else:
+            super().error(msg, *args, **kwargs)
+
+    def _set_handler(self, log: logging.Logger, output: str | None, *args: Any, **kwargs: Any) -> None:
+        if log is not self.error_log or output != "-":
+            super()._set_handler(log, output, *args, **kwargs)
+
+
+def unsupported(cfg: Config) -> str | None:
+    """The one line against gunicorn settings that would break the service, or None."""
+    if cfg.workers != 1:
+        return (
+            f"{cfg.workers} worker processes were asked for, but the service is one process of many threads: "
+            "leave out --workers, WEB_CONCURRENCY and GUNICORN_CMD_ARGS"
+        )
+    if cfg.preload_app:
+        return "preload is not supported, because threads do not outlive a fork: leave out --preload"
+    if cfg.worker_class_str not in (WebWorker.__name__, f"{__name__}.{WebWorker.__name__}"):
+        return f"the worker class {cfg.worker_class_str} is not supported: leave out --worker-class"
+    if cfg.threads != THREADS:
+        return f"the number of threads is fixed at {THREADS}: leave out --threads"
+    if cfg.max_requests != 0:
+        return "restarting after a number of requests is not supported: leave out --max-requests"
+    if cfg.is_ssl:
+        return "TLS is not spoken here: leave out --certfile and --keyfile, and put a proxy in front"
+    return None
+
+
+def take_charge(server: Arbiter, settings: Settings) -> None:
+    """Refuse a second server on DATA_DIR, and fit the arbiter's signals to a service that is one process.
+
+    Called before the first fork; the lock is only looked at here, the worker takes it for itself.
+    """
+    lock = DataDirLock(settings.data_dir)
+    try:
+        lock.acquire(wait_s=0.5)
+    except (DataDirBusy, SettingsError) as error:
+        refuse(str(error))
+    lock.release()
+
+    hang_up, queue_signal = server.handle_hup, server.signal
+    ending_since_s: float | None = None
+
+    def reload_if_settings_are_good() -> None:
+        try:
+            Settings.from_env()
+        except SettingsError as error:
+            server.log.error("The reload was refused and the old settings stay: %s", error)
+        else:
+            hang_up()
+
+    def refuse_more_workers() -> None:
+        server.log.warning("SIGTTIN is ignored: the service is one process.")
+
+    def queue_or_hurry(sig: int, frame: FrameType | None) -> None:
+        """A second SIGTERM means at once, which gunicorn ignores; one that comes twice at a time is one."""
+        nonlocal ending_since_s
+        if sig == signal.SIGTERM:
+            now_s = time.monotonic()
+            ending_since_s = ending_since_s or now_s
+            if now_s - ending_since_s > SAME_SIGNAL_S:
+                sig = signal.SIGQUIT
+        queue_signal(sig, frame)
+
+    server.WORKER_BOOT_ERROR = REFUSED  # a worker that leaves with it ends the arbiter, with the same status
+    server.handle_hup = reload_if_settings_are_good
+    server.handle_ttin = refuse_more_workers
+    server.signal = queue_or_hurry

@@ -1,0 +1,319 @@
+"""The server itself: what it refuses to start with, its signals, and clients that do not behave."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.service import Service
+from tests.upstream import Upstream
+
+PROBLEM_MEMBERS = {"type", "title", "status", "detail", "request_id"}
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[Upstream]:
+    with Upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def service(tmp_path: Path, upstream: Upstream) -> Iterator[Service]:
+    with Service(tmp_path, upstream=upstream) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, upstream: Upstream) -> Iterator[Service]:
+    """One service for the tests that leave it as it was."""
+    with Service(tmp_path_factory.mktemp("server"), upstream=upstream) as service:
+        yield service
+
+
+def connect(service: Service, sent: bytes = b"") -> socket.socket:
+    sock = socket.create_connection(("127.0.0.1", service.port), timeout=30.0)
+    sock.sendall(sent)
+    return sock
+
+
+def exchange(service: Service, sent: bytes) -> bytes:
+    """Everything that the service answers to these bytes, until it closes."""
+    with connect(service, sent) as sock:
+        return b"".join(iter(lambda: sock.recv(65536), b""))
+
+
+def health_takes_s(service: Service) -> float:
+    began_s = time.monotonic()
+    with connect(service, b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n") as sock:
+        assert sock.recv(12) == b"HTTP/1.1 200"
+    return time.monotonic() - began_s
+
+
+def assert_refused(outcome: tuple[int, str], word: str) -> None:
+    status, stderr = outcome
+    assert status == 2
+    assert stderr.startswith("gpt-worker: ")
+    assert word in stderr
+    assert stderr.count("\n") == 1
+
+
+# Start
+
+
+@pytest.mark.parametrize(
+    ("env", "word"),
+    [
+        ({"PORT": "eighty"}, "PORT"),
+        ({"NODE_ENV": "staging"}, "NODE_ENV"),
+        ({"WEB_CONCURRENCY": "2"}, "2 worker processes"),
+        ({"GUNICORN_CMD_ARGS": "--workers 3"}, "3 worker processes"),
+        ({"GUNICORN_CMD_ARGS": "--preload"}, "preload"),
+        ({"GUNICORN_CMD_ARGS": "--worker-class sync"}, "worker class"),
+        ({"GUNICORN_CMD_ARGS": "--worker-class gevent"}, "worker class gevent"),
+        ({"GUNICORN_CMD_ARGS": "--threads 4"}, "--threads"),
+        ({"GUNICORN_CMD_ARGS": "--max-requests 100"}, "--max-requests"),
+        ({"GUNICORN_CMD_ARGS": "--certfile /nowhere"}, "TLS"),
+    ],
+)
+def test_bad_start_is_refused_in_one_line(
+    tmp_path: Path, upstream: Upstream, env: dict[str, str], word: str
+) -> None:
+    service = Service(tmp_path, upstream=upstream)
+
+    outcome = service.run_once(env)
+
+    assert_refused(outcome, word)
+
+
+def test_second_server_on_the_same_data_is_refused_in_one_line(shared: Service) -> None:
+    outcome = shared.run_once({"PORT": "1"})
+
+    assert_refused(outcome, "in use by another gpt-worker")
+    assert shared.get("/healthz").status_code == 200
+
+
+def test_server_starts_again_on_the_data_of_a_killed_one(service: Service) -> None:
+    service.kill()
+
+    service.start()
+
+    assert service.get("/healthz").status_code == 200
+
+
+# Signals
+
+
+def test_sigterm_ends_with_status_0(service: Service) -> None:
+    began_s = time.monotonic()
+
+    status = service.terminate()
+
+    assert status == 0
+    assert time.monotonic() - began_s < 10.0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_interrupt_ends_with_status_0_at_once(service: Service, number: signal.Signals) -> None:
+    began_s = time.monotonic()
+
+    service.signal(number)
+
+    assert service.wait_exit() == 0
+    assert time.monotonic() - began_s < 5.0
+
+
+def test_request_on_an_open_connection_is_answered_after_sigterm(service: Service) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=30.0)
+    connection.request("GET", "/healthz")
+    connection.getresponse().read()
+    service.signal(signal.SIGTERM)
+    time.sleep(0.5)
+
+    connection.request("GET", "/readyz")
+    reply = connection.getresponse()
+
+    assert reply.status == 503
+    assert reply.headers["Connection"] == "close"
+    connection.close()
+    assert service.wait_exit() == 0
+
+
+def test_hangup_changes_the_worker_and_fails_no_request(service: Service) -> None:
+    failures: list[str] = []
+    done = threading.Event()
+
+    def keep_asking() -> None:
+        while not done.is_set():
+            try:
+                health_takes_s(service)
+            except (OSError, AssertionError) as error:
+                failures.append(repr(error))
+            time.sleep(0.01)
+
+    clients = [threading.Thread(target=keep_asking) for _ in range(4)]
+    for client in clients:
+        client.start()
+    before = worker_pids(service)
+
+    service.signal(signal.SIGHUP)
+    wait_until_worker_differs(service, before)
+
+    done.set()
+    for client in clients:
+        client.join()
+    assert failures == []
+
+
+def test_more_workers_by_signal_are_ignored(service: Service) -> None:
+    before = worker_pids(service)
+
+    service.signal(signal.SIGTTIN)
+    time.sleep(1.5)
+
+    assert worker_pids(service) == before
+
+
+def worker_pids(service: Service) -> list[int]:
+    children = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text()
+    return [int(pid) for pid in children.split()]
+
+
+def wait_until_worker_differs(service: Service, before: list[int]) -> None:
+    deadline_s = time.monotonic() + 45.0
+    while set(worker_pids(service)) & set(before) or health_takes_s(service) > 1.0:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.1)
+
+
+def test_killed_worker_is_replaced(service: Service) -> None:
+    before = worker_pids(service)
+
+    os.kill(before[0], signal.SIGKILL)
+    wait_until_worker_differs(service, before)
+
+    assert service.get("/healthz").status_code == 200
+
+
+# Clients that do not behave
+
+
+@pytest.mark.parametrize(
+    ("count", "sent"),
+    [
+        pytest.param(400, b"", id="silent"),
+        pytest.param(400, b"GET /healthz HTTP/1.1\r\nHost: x\r\nX-Half: ", id="half a head"),
+        pytest.param(64, b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{", id="half a body"),
+    ],
+)
+def test_clients_that_go_silent_do_not_slow_the_others(shared: Service, count: int, sent: bytes) -> None:
+    with ExitStack() as stack:
+        for _ in range(count):
+            stack.enter_context(connect(shared, sent))
+
+        slowest_s = max(health_takes_s(shared) for _ in range(5))
+
+    assert slowest_s < 1.0
+
+
+def test_dripping_head_is_bounded_as_a_whole(shared: Service) -> None:
+    began_s = time.monotonic()
+    with connect(shared, b"GET /healthz HTTP/1.1\r\n") as sock:
+        sock.settimeout(0.5)
+        reply = b""
+        while not reply:
+            sock.sendall(b"X")
+            try:
+                reply = sock.recv(65536)
+            except TimeoutError:
+                assert time.monotonic() - began_s < 15.0
+
+    assert_problem(reply, 408)
+
+
+def assert_problem(reply: bytes, status: int) -> None:
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"application/problem+json" in head
+    problem = json.loads(body)
+    assert problem.keys() >= PROBLEM_MEMBERS
+    assert problem["status"] == status
+    assert b"secret" not in body
+
+
+@pytest.mark.parametrize(
+    ("status", "sent"),
+    [
+        pytest.param(400, b"secret\r\n\r\n", id="no request line"),
+        pytest.param(400, b"GET / HTTP/1.1\nHost: secret\n\n", id="bare line feeds"),
+        pytest.param(400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", id="HTTP/2"),
+        pytest.param(400, b"GET / HTTP/1.1\r\nse cret: x\r\n\r\n", id="a header's name"),
+        pytest.param(414, b"GET /" + b"a" * 9000, id="a line that does not end"),
+        pytest.param(414, b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", id="a long line"),
+        pytest.param(417, b"GET / HTTP/1.1\r\nHost: x\r\nExpect: secret\r\n\r\n", id="an expectation"),
+        pytest.param(431, b"GET / HTTP/1.1\r\nX: " + b"a" * 9000 + b"\r\n\r\n", id="a long header"),
+        pytest.param(431, b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 120 + b"\r\n", id="many headers"),
+        pytest.param(431, b"GET / HTTP/1.1\r\nX: " + b"a" * 70_000, id="a head that does not end"),
+    ],
+)
+def test_malformed_request_is_a_problem(shared: Service, status: int, sent: bytes) -> None:
+    reply = exchange(shared, sent)
+
+    assert_problem(reply, status)
+
+
+def test_request_line_of_8000_bytes_is_served(shared: Service) -> None:
+    target = b"/healthz?" + b"a" * 8000
+
+    reply = exchange(shared, b"GET " + target + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+    assert reply.startswith(b"HTTP/1.1 200 ")
+
+
+def test_second_request_in_one_piece_is_answered_too(shared: Service) -> None:
+    first = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+    second = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+    reply = exchange(shared, first + second)
+
+    assert reply.count(b"HTTP/1.1 200 ") == 2
+
+
+def test_connection_is_kept_after_a_body(shared: Service) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", shared.port, timeout=30.0)
+
+    ports: list[int] = []
+    for _ in range(3):
+        connection.request("POST", "/login", b"{}", {"Content-Type": "application/json"})
+        connection.getresponse().read()
+        assert connection.sock is not None
+        ports.append(connection.sock.getsockname()[1])
+
+    assert len(set(ports)) == 1
+    connection.close()
+
+
+def test_expectation_to_continue_is_met(shared: Service) -> None:
+    head = b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with connect(shared, head + b"Expect: 100-continue\r\nContent-Length: 2\r\n\r\n") as sock:
+        interim = sock.recv(65536)
+        sock.sendall(b"{}")
+        final = sock.recv(65536)
+
+    assert interim == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert final.startswith(b"HTTP/1.1 4")
+
+
+def test_broken_chunk_is_the_clients_fault(shared: Service) -> None:
+    head = b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+    reply = exchange(shared, head + b"Transfer-Encoding: chunked\r\n\r\nnot-a-size\r\n{}\r\n0\r\n\r\n")
+
+    assert_problem(reply, 400)

@@ -1,0 +1,120 @@
+import os
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from config import SettingsError
+from gpt_worker.ownership import DataDirBusy, DataDirLock
+
+
+def test_lock_makes_a_private_data_dir(tmp_path: Path) -> None:
+    lock = DataDirLock(tmp_path / "deep" / "data")
+
+    lock.acquire(wait_s=0)
+
+    assert stat.S_IMODE((tmp_path / "deep" / "data").stat().st_mode) == 0o700
+    assert stat.S_IMODE(lock.path.stat().st_mode) == 0o600
+    lock.release()
+
+
+def test_second_owner_is_refused_with_one_line_that_names_the_first(tmp_path: Path) -> None:
+    first, second = DataDirLock(tmp_path), DataDirLock(tmp_path)
+    first.acquire(wait_s=0)
+
+    with pytest.raises(DataDirBusy) as refusal:
+        second.acquire(wait_s=0)
+
+    assert str(tmp_path) in str(refusal.value)
+    assert f"process {os.getpid()}" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    first.release()
+
+
+def test_released_lock_can_be_taken_again(tmp_path: Path) -> None:
+    first, second = DataDirLock(tmp_path), DataDirLock(tmp_path)
+    first.acquire(wait_s=0)
+
+    first.release()
+
+    second.acquire(wait_s=0)
+    second.release()
+
+
+def test_release_without_the_lock_does_nothing(tmp_path: Path) -> None:
+    owner, other = DataDirLock(tmp_path), DataDirLock(tmp_path)
+    owner.acquire(wait_s=0)
+
+    other.release()
+
+    with pytest.raises(DataDirBusy):
+        other.acquire(wait_s=0)
+    owner.release()
+
+
+def test_waiting_owner_gets_the_lock_when_the_first_lets_go(tmp_path: Path) -> None:
+    first, second = DataDirLock(tmp_path), DataDirLock(tmp_path)
+    first.acquire(wait_s=0)
+    waiter = threading.Thread(target=second.acquire, args=(30.0,))
+    waiter.start()
+
+    first.release()
+    waiter.join(10.0)
+
+    assert not waiter.is_alive()
+    second.release()
+
+
+def test_wait_ends_when_its_time_is_up(tmp_path: Path) -> None:
+    first, second = DataDirLock(tmp_path), DataDirLock(tmp_path)
+    first.acquire(wait_s=0)
+    began_s = time.monotonic()
+
+    with pytest.raises(DataDirBusy):
+        second.acquire(wait_s=0.3)
+
+    assert 0.3 <= time.monotonic() - began_s < 5.0
+    first.release()
+
+
+def test_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from gpt_worker.ownership import DataDirLock;"
+        "lock = DataDirLock(Path(sys.argv[1])); lock.acquire(0); print('owned', flush=True); time.sleep(60)"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == b"owned\n"
+
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+
+    lock = DataDirLock(tmp_path)
+    lock.acquire(wait_s=0)
+    lock.release()
+
+
+def test_lock_is_not_inherited_by_a_child(tmp_path: Path) -> None:
+    lock = DataDirLock(tmp_path)
+    lock.acquire(wait_s=0)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:
+        lock.release()
+
+        DataDirLock(tmp_path).acquire(
+            wait_s=5.0
+        )  # the kernel closes a child's files a moment after its start
+
+        child.communicate(b"\n")
+
+
+def test_data_dir_that_is_a_file_is_a_settings_error(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_text("not a directory")
+
+    with pytest.raises(SettingsError, match="DATA_DIR can't be used"):
+        DataDirLock(path).acquire(wait_s=0)
