@@ -26,7 +26,6 @@ ENVIRONMENTS = ("development", "production", "test")
 MIN_APP_KEY_LENGTH = 32
 PASSWORD_LENGTHS = range(12, 257)
 UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
-LOOPBACK_HOSTS = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 class SettingsError(Exception):

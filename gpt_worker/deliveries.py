@@ -6,34 +6,30 @@ go on stands in the database, so a restart only continues. Signatures come from 
 """
 
 import hashlib
-import ipaddress
 import json
 import logging
 import queue
 import random
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-import requests
-import urllib3
-from requests.adapters import HTTPAdapter
 from sqlalchemy.exc import SQLAlchemyError
 
-from config import LOOPBACK_HOSTS, Settings
+from config import Settings
 from gpt_worker import rendering, signing
+from gpt_worker.addresses import is_loopback
 from gpt_worker.db import Database
 from gpt_worker.domain import HIDDEN, Caller, DeliveryStatus, utc_now
 from gpt_worker.errors import Conflict, Forbidden, NotFound
 from gpt_worker.models import DeliveryRow
+from gpt_worker.posting import NETWORK_ERRORS, Reply, Wire, post
 from gpt_worker.store import deliveries as store
 from gpt_worker.store import jobs as job_store
 from gpt_worker.store.deliveries import Attempt, DeliveryRecord, Due
@@ -42,9 +38,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SENDERS = 4
-CONNECT_TIMEOUT_S = 5.0
 EXCHANGE_DEADLINE_S = 20.0
-MAX_REPLY_BYTES = 64 << 10
 MAX_BODY_BYTES = 256 << 10
 LINK_LIFETIME = timedelta(days=7)
 WAITS_S = (5.0, 300.0, 1800.0, 7200.0, 18_000.0, 36_000.0, 36_000.0)
@@ -53,7 +47,6 @@ LONGEST_RETRY_AFTER_S = 86_400.0
 LONGEST_SLEEP_S = 60.0  # a wall clock may be set forward, and a laptop may sleep
 DATABASE_PAUSE_S = 5.0
 CUT_GRACE_S = 1.0
-NETWORK_ERRORS = (urllib3.exceptions.HTTPError, OSError)  # requests' own are OSErrors
 
 
 # Decisions
@@ -98,15 +91,6 @@ def read_retry_after_s(header: str | None, now: datetime) -> float | None:
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return max(0.0, (moment - now).total_seconds())
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the address can only be on this machine; a name counts as it is written."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return host in LOOPBACK_HOSTS or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 # The body
@@ -154,118 +138,6 @@ def render_body(database: Database, settings: Settings, delivery: DeliveryRow, n
 def _message(kind: str, happened_at: datetime, data: dict[str, Any]) -> str:
     message = {"type": kind, "timestamp": rendering.render_time(happened_at), "data": data}
     return json.dumps(message, ensure_ascii=False, separators=(",", ":"))
-
-
-# The exchange
-
-
-class Wire:
-    """The connection of one exchange, which other threads may cut whatever its owner waits for."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._twin: socket.socket | None = None
-        self._over = False
-        self.was_cut = False
-        self.abandoned = False
-
-    def watch(self, connection: socket.socket) -> None:
-        """Hold on to a connection that was just made. A twin, since TLS takes the original over."""
-        with self._lock:
-            if self._over:
-                raise TimeoutError("the exchange is over")
-            self._twin = connection.dup()
-
-    def cut(self) -> None:
-        """Break the connection: whoever reads or writes it returns at once."""
-        with self._lock:
-            if self._over:
-                return
-            self._over = self.was_cut = True
-            if self._twin is not None:
-                with suppress(OSError):  # the receiver may have been faster
-                    self._twin.shutdown(socket.SHUT_RDWR)
-
-    def abandon(self) -> None:
-        """Cut because the service stops: the exchange counts as if it had not been."""
-        self.abandoned = True
-        self.cut()
-
-    def close(self) -> None:
-        with self._lock:
-            self._over = True
-            if self._twin is not None:
-                self._twin.close()
-                self._twin = None
-
-
-class _WatchedAdapter(HTTPAdapter):
-    """Puts every connection, plain, TLS or through a proxy, on a wire."""
-
-    def __init__(self, wire: Wire) -> None:
-        self._wire = wire
-        super().__init__()
-
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> Any:
-        pool: Any = super().get_connection_with_tls_context(*args, **kwargs)
-        wire = self._wire
-
-        class Watched(pool.ConnectionCls):  # type: ignore[misc]
-            def _new_conn(self) -> socket.socket:
-                connection: socket.socket = super()._new_conn()
-                try:
-                    wire.watch(connection)
-                except OSError:
-                    connection.close()
-                    raise
-                return connection
-
-        pool.ConnectionCls = Watched
-        return pool
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    status_code: int
-    retry_after: str | None
-
-
-def post(url: str, headers: dict[str, str], body: bytes, *, wire: Wire, deadline_s: float) -> Reply:
-    """POST and read the reply, all within the deadline, however slowly it drips. No redirect is followed.
-
-    What follows the reply's head is read for politeness, up to 64 KiB, and dropped.
-
-    Raises requests.Timeout when the wire was cut, else what requests (an OSError) or urllib3 raise.
-    """
-    # A session each: no connection that went stale, and no cookie, reaches the next attempt.
-    with requests.Session() as session:
-        session.trust_env = not is_loopback(url)
-        session.headers.clear()
-        adapter = _WatchedAdapter(wire)
-        request = session.prepare_request(requests.Request("POST", url, headers=headers, data=body))
-        environment: Any = session.merge_environment_settings(request.url or url, {}, True, None, None)
-        timer = threading.Timer(deadline_s, wire.cut)
-        timer.daemon = True
-        timer.start()
-        try:
-            # Not session.send: that reads the whole body of a redirect, even of one that it does not follow.
-            response = adapter.send(
-                request, timeout=(min(CONNECT_TIMEOUT_S, deadline_s), deadline_s), **environment
-            )
-            with closing(response):
-                if wire.was_cut:
-                    raise TimeoutError("headers that end with the connection look whole, and are not")
-                with suppress(*NETWORK_ERRORS):  # the head has said all there is to know
-                    response.raw.read(MAX_REPLY_BYTES, decode_content=False)
-        except NETWORK_ERRORS as error:
-            if wire.was_cut:
-                raise requests.Timeout("the exchange took too long") from error
-            raise
-        finally:
-            timer.cancel()
-            wire.close()
-            adapter.close()
-    return Reply(response.status_code, response.headers.get("retry-after"))
 
 
 # The outbox

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import jiter
 
 from config import OPENAI_BASE_URL
+from gpt_worker.addresses import is_loopback
 from gpt_worker.backoff import Problem, ProblemKind
 from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage
 from gpt_worker.rate_limit import LimitHeaders, parse_duration_s, read_headers
@@ -26,7 +27,6 @@ from gpt_worker.transport import (
     ReplyTooLarge,
     Transport,
     TransportError,
-    is_loopback,
 )
 
 MAX_MESSAGE_LENGTH = 500

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -61,14 +61,19 @@ class Janitor:
             job_store.drop_old_keys(session, now - timedelta(hours=24))
             if self._retain_days:
                 job_store.discard_older(session, now - timedelta(days=self._retain_days))
-                delivery_store.prune(
-                    session, finished_before=now - timedelta(days=self._retain_days), limit=PRUNE_SLICE
-                )
+        if self._retain_days:
+            self._prune_deliveries(now - timedelta(days=self._retain_days))
         self._also()
         with self._database.read() as session:
             job_ids = job_store.discarded_jobs(session)
         for job_id in job_ids:
             self._delete(job_id)
+
+    def _prune_deliveries(self, finished_before: datetime) -> None:
+        pruned = PRUNE_SLICE
+        while pruned == PRUNE_SLICE and not self._stopping.is_set():
+            with self._database.write() as session:
+                pruned = delivery_store.prune(session, finished_before, PRUNE_SLICE)
 
     def _delete(self, job_id: str) -> None:
         while not self._stopping.is_set():

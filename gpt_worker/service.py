@@ -1,7 +1,7 @@
 """The parts of the service by name, and the order in which they start and stop."""
 
 import logging
-import time
+import threading
 from dataclasses import dataclass, field
 
 from flask import Flask
@@ -103,12 +103,13 @@ class Service:
 
     def stop(self) -> None:
         """Let calls in flight end, store what they brought, and stop every part."""
-        began_s = time.monotonic()
+        sending = threading.Thread(target=self.deliveries.stop, args=(CALLS_GRACE_S,), name="stop-deliveries")
+        sending.start()
         self.dispatcher.stop_taking()
         if not self.dispatcher.wait_idle(CALLS_GRACE_S):
             log.warning("calls in flight were cut; their tasks stay pending", extra={"action": "stop"})
-        self.abort()
-        self.deliveries.stop(max(0.5, CALLS_GRACE_S - (time.monotonic() - began_s)))
+        self.dispatcher.abort()
+        sending.join()
         self.janitor.stop()
         if not self.recorder.stop(COMMIT_GRACE_S):
             log.error("the last answers could not be stored in time", extra={"action": "stop"})
@@ -117,5 +118,6 @@ class Service:
         self.database.close()
 
     def abort(self) -> None:
-        """Cut the calls in flight; `stop` then ends at once."""
+        """Cut the calls and deliveries in flight; `stop` then ends at once."""
         self.dispatcher.abort()
+        self.deliveries.stop(0)

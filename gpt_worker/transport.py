@@ -5,7 +5,6 @@ so a dripping reply could hold a thread for ever: a watchdog cuts connections at
 """
 
 import contextlib
-import ipaddress
 import socket
 import threading
 import time
@@ -18,6 +17,8 @@ from urllib.request import getproxies, proxy_bypass
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
+
+from gpt_worker.addresses import is_loopback
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_REPLY_BYTES = 16 << 20
@@ -132,15 +133,6 @@ def _cut(connection: Any) -> None:
 
 
 _watchdog = Watchdog()
-
-
-def is_loopback(url: str) -> bool:
-    """Whether the address can only be on this machine; a name counts as it is written."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class Transport:

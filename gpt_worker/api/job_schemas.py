@@ -134,9 +134,8 @@ class ResultsQuery(Query):
 
 
 class RetryBody(Body):
-    codes: list[ErrorCode] | None = Field(
+    codes: list[Annotated[ErrorCode, Field(strict=False)]] | None = Field(
         None,
-        strict=False,
         min_length=1,
         description="Only the tasks with these errors",
         examples=[["timeout"]],

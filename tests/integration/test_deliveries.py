@@ -31,14 +31,12 @@ from gpt_worker.deliveries import (
     CUT_GRACE_S,
     MAX_BODY_BYTES,
     Deliveries,
-    Reply,
-    Wire,
-    post,
     render_body,
 )
 from gpt_worker.domain import Answer, Caller, DeliveryStatus, NewTask, Outcome, Role, new_id, utc_now
 from gpt_worker.errors import Conflict, Forbidden, NotFound
 from gpt_worker.models import AttemptRow, Base, DeliveryRow, JobRow
+from gpt_worker.posting import Reply, Wire, post
 from gpt_worker.store import deliveries as store
 from gpt_worker.store import jobs as job_store
 from gpt_worker.store import tasks as task_store

@@ -4,10 +4,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from gpt_worker.addresses import is_loopback
 from gpt_worker.deliveries import (
     WAITS_S,
     Verdict,
-    is_loopback,
     judge,
     next_wait_s,
     read_retry_after_s,
