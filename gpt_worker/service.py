@@ -80,11 +80,8 @@ class Service:
         self._say_started(len(unfinished))
 
     def _say_started(self, unfinished: int) -> None:
-        by = (
-            f"the embedded model {self.model_name}"
-            if self.embedded
-            else f"{len(self.dispatcher.lanes)} API keys"
-        )
+        no_key = f"the embedded model {self.model_name}, as no GPT key is set,"
+        by = no_key if self.embedded else f"{len(self.dispatcher.lanes)} API keys"
         log.info(
             "gpt-worker answers with %s on http://%s:%d; unfinished jobs: %d",
             by,
