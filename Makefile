@@ -21,13 +21,13 @@ help:
 	@echo "make lock    pin the requirements anew (ARGS=--upgrade)"
 
 run: venv
-	@$(MAKE) --no-print-directory --silent $(VENV)/.installed env
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed $(BIN)/gpt-worker env
 	@$(MAKE) --no-print-directory --silent embedded-if-needed
 	@exec $(BIN)/gunicorn wsgi:app $(ARGS)
 
 test: venv
-	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev env embedded
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev $(BIN)/gpt-worker env embedded
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev
@@ -72,6 +72,11 @@ $(VENV)/.installed-dev: requirements-dev.txt
 	@$(PIP_INSTALL) --requirement requirements-dev.txt
 	@rm $(VENV)/.installing
 	@touch $@ $(VENV)/.installed
+
+# The client, as pip would install it, with no need of setuptools, from any directory and by a link to it.
+$(BIN)/gpt-worker: Makefile
+	@printf '#!/bin/sh\nexec "%s/bin/python" -Pc '\''import sys; sys.path.insert(0, "%s"); from gpt_worker.cli import main; sys.exit(main())'\'' "$$@"\n' \
+		"$(realpath $(VENV))" "$(realpath $(VENV)/..)" >$@.new && chmod +x $@.new && mv $@.new $@
 
 # The smallest .env that works; it is never touched again.
 env:

@@ -117,10 +117,16 @@ class _Source:
             raise SettingsError(
                 f".env can't be read ({type(error).__name__}): save it as UTF-8 text"
             ) from error
+        if env.get("NODE_ENV") or env.get("APP_ENV"):
+            # Two names of one setting: neither comes from the file then.
+            in_file = {name: value for name, value in in_file.items() if name not in ("NODE_ENV", "APP_ENV")}
         return cls({**in_file, **env})
 
     def text(self, name: str, default: str = "") -> str:
-        return self.values.get(name, default)
+        text = self.values.get(name, default)
+        if not text.isprintable():  # control characters, and bytes that are no UTF-8
+            raise SettingsError(f"{name} has a character that can't be printed: type it again")
+        return text
 
     def integer(self, name: str, default: int, lowest: int, highest: int) -> int:
         text = self.values.get(name)
@@ -151,7 +157,7 @@ class _Source:
         return size
 
     def url(self, name: str, default: str) -> str:
-        text = self.values.get(name, default).rstrip("/")
+        text = self.text(name, default).rstrip("/")
         try:
             parts = urlsplit(text)
             valid = (
@@ -161,7 +167,7 @@ class _Source:
             )
         except ValueError:
             valid = False
-        if not valid or re.search(r"[\s\x00-\x1f]", text) or parts.query or parts.fragment:
+        if not valid or "@" in parts.netloc or re.search(r"[\s\x00-\x1f?#]", text):
             raise SettingsError(f"{name} must be an address such as https://example.org/path")
         return text
 
@@ -170,6 +176,8 @@ def _read(source: _Source) -> Settings:
     environment = _environment(source)
     port = source.integer("PORT", 3333, 1, 65535)
     data_dir = Path(source.text("DATA_DIR", "./data")).expanduser().absolute()
+    if "?" in str(data_dir):
+        raise SettingsError("DATA_DIR must have no question mark: a database's address would end there")
     api_keys = _api_keys(source)
     if not api_keys and environment == "production":
         raise SettingsError("GPT_KEY_0 and GPT_KEY_1 are needed in production: set at least two API keys")
@@ -217,9 +225,13 @@ def _environment(source: _Source) -> str:
 def _api_keys(source: _Source) -> tuple[ApiKey, ...]:
     base_url = source.url("GPT_BASE_URL", OPENAI_BASE_URL)
     numbers = sorted(
-        int(name[8:]) for name in source.values if re.fullmatch(r"GPT_KEY_(0|[1-9]\d{0,5})", name)
+        int(name[8:]) for name in source.values if re.fullmatch(r"GPT_KEY_(0|[1-9]\d{0,5})", name, re.ASCII)
     )
-    odd = [name for name in source.values if name.startswith("GPT_KEY_") and not name[8:].isdecimal()]
+    odd = [
+        name
+        for name in source.values
+        if name.startswith("GPT_KEY_") and not re.fullmatch(r"GPT_KEY_(0|[1-9]\d{0,5})", name, re.ASCII)
+    ]
     if odd:
         raise SettingsError(f"{min(odd)} is not a key's name: keys are numbered GPT_KEY_0, GPT_KEY_1, …")
     for expected, number in enumerate(numbers):
@@ -241,9 +253,9 @@ def _api_keys(source: _Source) -> tuple[ApiKey, ...]:
             raise SettingsError(f"GPT_KEY_{number} is the same key as GPT_KEY_{twin}: each must differ")
         keys.append(ApiKey(number, secret, source.url(f"GPT_BASE_URL_{number}", base_url)))
     for name in source.values:
-        match = re.fullmatch(r"GPT_BASE_URL_(\d+)", name)
-        if match and int(match[1]) >= len(keys):
-            raise SettingsError(f"{name} belongs to no key: GPT_KEY_{match[1]} is not set")
+        suffix = name.removeprefix("GPT_BASE_URL_")
+        if suffix != name and suffix not in {str(key.number) for key in keys}:
+            raise SettingsError(f"{name} belongs to no key: GPT_KEY_{suffix} is not set")
     return tuple(keys)
 
 

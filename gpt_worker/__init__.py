@@ -1,126 +1,28 @@
 """gpt-worker: a list of prompts in, spread over all of one's OpenAI keys, every answer out.
 
-`create_app` builds each part and hands it to the next, in the order in which a job flows:
+A job flows through the parts in this order:
 
     api → jobs → (tables) → dispatcher → lanes → gpt → recorder → (tables) → deliveries
 
-Nothing runs yet then: `Service.start` does that, in the process that serves.
+Nothing runs after `create_app` yet: `Service.start` does that, in the process that serves.
 """
 
-import secrets
-import threading
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-from flask import Flask
+from config import Settings
 
-from config import ApiKey, Settings
-from gpt_worker import api, embedded
-from gpt_worker.accounts import Accounts, install_tokens
-from gpt_worker.db import Database
-from gpt_worker.deliveries import Deliveries
-from gpt_worker.dispatcher import Dispatcher
-from gpt_worker.gpt import Endpoint
-from gpt_worker.janitor import Janitor
-from gpt_worker.jobs import Jobs
-from gpt_worker.keys import KeyBoard
-from gpt_worker.lanes import Lane
-from gpt_worker.modes import ModeBoard
-from gpt_worker.recorder import Recorder
-from gpt_worker.service import Service
-from gpt_worker.signing import link_key
-from gpt_worker.transport import Transport
+if TYPE_CHECKING:
+    from flask import Flask
 
 try:
     __version__ = version("gpt-worker")
 except PackageNotFoundError:  # run from a checkout
     __version__ = "0.1.0"
 
-EMBEDDED_LANES = 2
-EMBEDDED_THREADS = 2  # each: the model has four slots
-EMBEDDED_STARTING = "the embedded model is starting"
 
-
-def create_app(settings: Settings) -> Flask:
+def create_app(settings: Settings) -> "Flask":
     """The whole service, assembled and at rest."""
-    app = api.make_app(__version__)
-    install_tokens(app, settings)
-    database = Database(app, settings.database_url)
-    modes = ModeBoard(database)
-    accounts = Accounts(database, settings, modes)
-    recorder = Recorder(database, settings.request_api)
-    keys = settings.api_keys or local_keys()
-    dispatcher = Dispatcher(
-        database,
-        recorder,
-        lambda lock: make_lanes(settings, keys, lock),
-        call_deadline_s=settings.call_deadline_s,
-    )
-    deliveries = Deliveries(database, settings, version=__version__)
-    janitor = Janitor(database, settings.retain_days, accounts.sweep)
-    jobs = Jobs(database, dispatcher, settings, freeze_owed=deliveries.freeze_owed, on_discarded=janitor.wake)
-    recorder.on_ended = jobs.ended
-    recorder.on_delivery = deliveries.wake
-    recorder.on_recovered = dispatcher.wake
-    app.extensions["gpt_worker"] = Service(
-        app=app,
-        settings=settings,
-        database=database,
-        modes=modes,
-        accounts=accounts,
-        recorder=recorder,
-        dispatcher=dispatcher,
-        deliveries=deliveries,
-        jobs=jobs,
-        janitor=janitor,
-        embedded=make_embedded(settings, keys, dispatcher) if settings.embedded else None,
-        model_name=embedded.model_name(settings.model_path) if settings.embedded else settings.model,
-        link_key=link_key(settings.app_key),
-        keys=KeyBoard(dispatcher),
-        version=__version__,
-    )
-    api.register(app)
-    return app
+    from gpt_worker.assembly import assemble  # here: the command line client need not load a server
 
-
-def make_lanes(settings: Settings, keys: Sequence[ApiKey], lock: threading.Lock) -> list[Lane]:
-    """A lane for each key; those of the embedded model get their endpoint when it has started."""
-    token_limit_names: dict[tuple[str, str], str] = {}
-    lanes: list[Lane] = []
-    for key in keys:
-        threads = EMBEDDED_THREADS if settings.embedded else settings.threads_per_key
-        lane = Lane(key, threads, lock)
-        if settings.embedded:
-            lane.down = EMBEDDED_STARTING
-        else:
-            transport = Transport(key.base_url, threads, loopback_only=settings.offline)
-            lane.endpoint = Endpoint(transport, key.secret, token_limit_names)
-        lanes.append(lane)
-    return lanes
-
-
-def local_keys() -> tuple[ApiKey, ...]:
-    """Keys for the embedded model, known to this process and its child alone."""
-    return tuple(ApiKey(number, f"local-{secrets.token_urlsafe(24)}", "") for number in range(EMBEDDED_LANES))
-
-
-def make_embedded(
-    settings: Settings, keys: Sequence[ApiKey], dispatcher: Dispatcher
-) -> embedded.EmbeddedModel:
-    """The embedded model, which opens and closes the lanes as it comes and goes."""
-
-    def on_ready(base_url: str) -> None:
-        for lane, key in zip(dispatcher.lanes, keys, strict=True):
-            transport = Transport(base_url, EMBEDDED_THREADS, loopback_only=True)
-            dispatcher.lane_up(lane, Endpoint(transport, key.secret, {}), base_url)
-
-    def on_down(reason: str) -> None:
-        for lane in dispatcher.lanes:
-            dispatcher.lane_down(lane, reason)
-
-    return embedded.EmbeddedModel(
-        model_path=settings.model_path,
-        keys=tuple(key.secret for key in keys),
-        on_ready=on_ready,
-        on_down=on_down,
-    )
+    return assemble(settings)

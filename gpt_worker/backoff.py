@@ -10,6 +10,7 @@ from gpt_worker.domain import ErrorCode, Failure
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
+LONGEST_TOLD_WAIT_S = 86_400.0  # whatever a server asks for
 MAX_ATTEMPTS = 5
 MAX_TIMEOUTS = 2
 FREE_RATE_LIMITS = 20
@@ -112,7 +113,8 @@ def decide(problem: Problem, tries: Tries, jitter: float) -> Again | GivenUp:
             timeouts = tries.timeouts + (problem.code is ErrorCode.TIMEOUT)
             if attempts >= MAX_ATTEMPTS or timeouts >= MAX_TIMEOUTS:
                 return GivenUp(Failure(problem.code, problem.message), attempts)
-            wait_s = max(backoff_s(attempts, jitter), problem.retry_after_s or 0.0)
+            told_s = min(LONGEST_TOLD_WAIT_S, problem.retry_after_s or 0.0)
+            wait_s = max(backoff_s(attempts, jitter), told_s)
             tried = replace(tries, attempts=attempts, timeouts=timeouts)
             return Again(wait_s, Place.FRONT, tried, elsewhere=True)
         case ProblemKind.FINAL:

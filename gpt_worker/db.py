@@ -28,26 +28,33 @@ migrate = Migrate(db=db, directory=str(MIGRATIONS))
 
 
 class WriteGate:
-    """A lock whose urgent callers go before all others."""
+    """A lock whose urgent callers go before all others, but not twice in a row while another waits.
+
+    Without that bound, a recorder that always has something to commit would keep every submit and cancel out.
+    """
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._held = False
-        self._urgent_waiting = 0
+        self._waiting = {True: 0, False: 0}  # by urgency
+        self._others_next = False
 
     @contextmanager
     def hold(self, urgent: bool) -> Iterator[None]:
         with self._condition:
-            self._urgent_waiting += urgent
-            self._condition.wait_for(lambda: not self._held and (urgent or not self._urgent_waiting))
-            self._urgent_waiting -= urgent
-            self._held = True
+            self._waiting[urgent] += 1
+            self._condition.wait_for(lambda: not self._held and urgent is self._is_urgent_next())
+            self._waiting[urgent] -= 1
+            self._held, self._others_next = True, urgent
         try:
             yield
         finally:
             with self._condition:
                 self._held = False
                 self._condition.notify_all()
+
+    def _is_urgent_next(self) -> bool:
+        return self._waiting[True] > 0 and not (self._others_next and self._waiting[False])
 
 
 class Database:

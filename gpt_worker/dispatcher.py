@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gpt_worker.backoff import Again, GivenUp, Problem, ProblemKind, decide
 from gpt_worker.db import Database
-from gpt_worker.domain import Answer, ErrorCode, Failure, JobSettings, Outcome, Usage, utc_now
+from gpt_worker.domain import Answer, ErrorCode, Failure, JobSettings, JobStatus, Outcome, Usage, utc_now
 from gpt_worker.fair_queue import FairQueue, JobRun, QueuedTask
 from gpt_worker.gpt import Endpoint, Reply
 from gpt_worker.lanes import Lane, LaneState, QuotaGroup
@@ -134,20 +134,21 @@ class Dispatcher:
             deadline_at=job.deadline_at,
             pending=job.total - job.answered - job.failed,
             tokens_used=job.prompt_tokens + job.completion_tokens,
-            started=job.started_at is not None,
+            started=job.status == JobStatus.RUNNING,  # the next run of a job has a start of its own
         )
         with self._lock:
             self._queue.add(run)
             self._feed_wanted.notify()
 
-    def close(self, job_id: str, failure: Failure) -> None:
-        """Send nothing more of a job: what was not sent fails with `failure`, calls in flight still land."""
+    def close(self, job_id: str, failure: Failure) -> threading.Event:
+        """Send nothing more of a job: what was not sent fails with `failure`, calls in flight still land.
+
+        The event is set when those failures are stored.
+        """
         with self._lock:
             job = self._queue.get(job_id)
             spare = self._start_closing(job, failure) if job else frozenset()
-            if spare is None:
-                return
-        self._recorder.close_job(job_id, failure, spare)
+        return self._recorder.close_job(job_id, failure, spare)
 
     def forget(self, job_id: str, run: int) -> None:
         """This run of the job has ended, or the job is gone."""
@@ -158,10 +159,8 @@ class Dispatcher:
                 job.closing = job.closing or Failure(ErrorCode.CANCELLED, "the job is gone")
                 self._queue.remove(job_id)
 
-    def _start_closing(self, job: JobRun, failure: Failure) -> frozenset[int] | None:
-        if job.closing is not None:
-            return None
-        job.closing = failure
+    def _start_closing(self, job: JobRun, failure: Failure) -> frozenset[int]:
+        job.closing = job.closing or failure
         job.clear()
         return frozenset(job.sent)
 
@@ -174,12 +173,6 @@ class Dispatcher:
             if not self._recorder.healthy:
                 return Waiting("the database takes no answers", None)
             return self._why_idle(job)
-
-    def in_flight(self, job_id: str) -> int:
-        """How many calls for a job have not come back yet."""
-        with self._lock:
-            job = self._queue.get(job_id)
-            return len(job.sent) if job else 0
 
     def _why_idle(self, job: JobRun) -> Waiting | None:
         now_s = self._now_s()
@@ -312,8 +305,10 @@ class Dispatcher:
                 if lane.waiting:
                     break
                 lane.waiting = True
-                lane.has_work.wait(None if math.isinf(found) else max(0.001, found))
-                lane.waiting = False
+                try:
+                    lane.has_work.wait(None if math.isinf(found) else max(0.001, found))
+                finally:
+                    lane.waiting = False
             lane.loops -= 1
             self._idle.notify_all()
             return None
@@ -345,7 +340,7 @@ class Dispatcher:
                 continue
             if passed is not None:
                 passed.passed_over += 1
-            return self._grant(lane, job, task, limiter, reserved, now_s)
+            return self._grant(lane, job, task, limiter, reserved, now_s, alone=passed is not None)
         return soonest_s
 
     def _may_take(self, lane: Lane, job: JobRun, task: QueuedTask, now_s: float) -> bool:
@@ -368,10 +363,15 @@ class Dispatcher:
         limiter: Limiter,
         reservation: Reservation,
         now_s: float,
+        *,
+        alone: bool,
     ) -> Grant:
+        """`alone`: one task and no chunk, since a larger one is passed over by it, and each of those counts."""
         was_fresh = bool(job.fresh) and job.fresh[0] is task
         job.pop(task)
-        rest = job.cut_chunk(task.tokens, chunk_limit(job.pending, self.threads)) if was_fresh else deque()
+        rest: deque[QueuedTask] = deque()
+        if was_fresh and not alone:
+            rest = job.cut_chunk(task.tokens, chunk_limit(job.pending, self.threads))
         grant = Grant(job, task, limiter, reservation, rest, now_s + CHUNK_S, announce=not job.started)
         self._send(lane, grant)
         if job.wants_page:
@@ -384,7 +384,7 @@ class Dispatcher:
         job.sent[grant.task.position] = grant.task
         grant.task.passed_over = 0
         self._queue.charge(job, grant.task.tokens)
-        lane.sent()
+        lane.sent(grant.reservation.sent_at_s)
 
     def _ask(self, lane: Lane, grant: Grant) -> Grant | None:
         """Make one call and settle it; the leave for the chunk's next task, or None."""
@@ -392,7 +392,13 @@ class Dispatcher:
         if grant.announce:
             self._recorder.job_started(job.id)
         assert lane.endpoint is not None  # a lane without one is down, and gets no task
-        reply = lane.endpoint.ask(job.model, job.settings, grant.task.prompt, self._call_deadline_s)
+        try:
+            reply = lane.endpoint.ask(job.model, job.settings, grant.task.prompt, self._call_deadline_s)
+        except Exception:  # a task that can't be asked must not come back for ever
+            log.exception("a call ran into a bug", extra={"action": "ask", "job_id": job.id})
+            reply = Reply(
+                Problem(ProblemKind.TRANSIENT, ErrorCode.INTERRUPTED, "the service failed under this task")
+            )
         with self._lock:
             outcome = self._settle(lane, grant, reply)
         if outcome is not None:
@@ -407,8 +413,9 @@ class Dispatcher:
         """Note what a reply means for the limiter, the lane, the job and the task; what the recorder is told."""
         now_s, job, task = self._now_s(), grant.job, grant.task
         grant.settled = True
-        lane.came_back()
-        self._join_group(lane, reply)
+        lane.came_back(grant.reservation.sent_at_s)
+        lane.tokens += reply.usage.total_tokens
+        job.tokens_used += reply.usage.total_tokens
         if isinstance(reply.result, Answer):
             grant.limiter.replied(
                 grant.reservation,
@@ -418,10 +425,8 @@ class Dispatcher:
                 prompt_tokens=reply.usage.prompt_tokens,
                 completion_tokens=reply.usage.completion_tokens,
             )
-            if lane.works(grant.reservation.sent_at_s):
-                log.info("%s answers again", lane.name, extra={"action": "key_back"})
-            lane.tokens += reply.usage.total_tokens
-            job.tokens_used += reply.usage.total_tokens
+            self._join_group(lane, reply)
+            self._note_works(lane, grant)
             job.note_decision(None)
             self._wake_blocked(lane, grant.limiter)
             return Outcome(job.id, task.position, reply.result, task.tries.attempts + 1, 1, reply.usage)
@@ -441,16 +446,17 @@ class Dispatcher:
             log.info("%s is rate limited", lane.name, extra={"action": "rate_limited", "job_id": job.id})
         else:
             grant.limiter.failed(grant.reservation, reply.limits, now_s)
+        self._join_group(lane, reply)
         sent_at_s = grant.reservation.sent_at_s
         if problem.kind.shows_good_key:
-            lane.works(sent_at_s)
+            self._note_works(lane, grant)
         if lane.troubled(problem, job.model, sent_at_s, now_s, self._jitter()):
             log.warning(
                 "%s: %s", lane.name, problem.message, extra={"action": problem.kind, "job_id": job.id}
             )
         self._wake_blocked(lane, grant.limiter)
         decision = self._decide(lane, grant, problem)
-        attempts = decision.attempts if isinstance(decision, GivenUp) else task.tries.attempts
+        attempts = decision.attempts if isinstance(decision, GivenUp) else decision.tries.attempts
         failure = decision.failure if isinstance(decision, GivenUp) else None
         if failure is None and job.closing is not None:
             failure = job.closing
@@ -464,6 +470,11 @@ class Dispatcher:
             job.note_decision(problem.message if problem.about_settings else None)
         usage = Usage() if not reply.told_usage else reply.usage
         return Outcome(job.id, task.position, failure, attempts, 1, usage)
+
+    def _note_works(self, lane: Lane, grant: Grant) -> None:
+        if lane.works(grant.reservation.sent_at_s):
+            log.info("%s answers again", lane.name, extra={"action": "key_back"})
+            self._wake()  # others of its group may have waited for this one call to tell
 
     def _decide(self, lane: Lane, grant: Grant, problem: Problem) -> Again | GivenUp:
         task = grant.task
@@ -491,6 +502,11 @@ class Dispatcher:
         if failure is not None:
             log.warning("a job ends early: %s", failure.code, extra={"action": "close_job", "job_id": job.id})
             self.close(job.id, failure)
+        if failure is not None and failure.code is ErrorCode.MODEL_UNAVAILABLE:
+            with self._lock:
+                alike = [run for run in self._queue if run.model == job.model and run.closing is None]
+            for other in alike:  # those that wait would learn nothing by a call
+                self.close(other.id, failure)
 
     def _hopeless(self, job: JobRun) -> bool:
         """Whether every key that works may not use the job's model."""
@@ -531,7 +547,7 @@ class Dispatcher:
         """After a bug: what the loop held goes back, and its call counts as over."""
         job = grant.job
         if not grant.settled:
-            lane.came_back()
+            lane.came_back(grant.reservation.sent_at_s)
             grant.limiter.released()
         task = job.sent.pop(grant.task.position, None)
         if job.closing is None:
@@ -559,22 +575,29 @@ class Dispatcher:
     # The feeder: pages of tasks from the database, and deadlines
 
     def _feed(self) -> None:
-        while True:
-            with self._lock:
+        while self._taking:
+            try:
+                self._feed_once()
+            except Exception:
+                log.exception("the feeder ran into a bug and goes on", extra={"action": "feed"})
+                threading.Event().wait(RETRY_READ_S)
+
+    def _feed_once(self) -> None:
+        with self._lock:
+            job = self._queue.wanting_page()
+            if job is None and self._taking:
+                self._feed_wanted.wait(self._until_next_deadline_s())
                 job = self._queue.wanting_page()
-                if job is None and self._taking:
-                    self._feed_wanted.wait(self._until_next_deadline_s())
-                    job = self._queue.wanting_page()
-                if not self._taking:
-                    return
-                late = [run for run in self._queue if run.closing is None and run.deadline_at <= utc_now()]
-                if job is not None:
-                    job.loading = True
-            for run in late:
-                self.close(run.id, self._expired(run))
+            if not self._taking:
+                return
+            late = [run for run in self._queue if run.closing is None and run.deadline_at <= utc_now()]
             if job is not None:
-                self._end_early(job)
-                self._load_page(job)
+                job.loading = True
+        for run in late:
+            self.close(run.id, self._expired(run))
+        if job is not None:
+            self._end_early(job)
+            self._load_page(job)
 
     def _load_page(self, job: JobRun) -> None:
         try:

@@ -7,7 +7,7 @@ Source: Goyal, Vin, Cheng, "Start-time Fair Queuing", 1996.
 
 import heapq
 from bisect import insort
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -192,11 +192,12 @@ class FairQueue:
         if len(users) > 1:
             users = sorted(users, key=lambda user: user.virtual_time)  # type: ignore[assignment]
         for user in users:
+            awaited: set[str] = set()
             for job in user.jobs:
-                if job.closing is None:
+                if job.closing is None and job.model not in awaited:
                     yield job
                     if job.wants_page and not job.in_memory:
-                        break  # its page is on the way: later jobs of the user do not overtake it
+                        awaited.add(job.model)  # its page is on the way: later jobs do not overtake it
 
     def charge(self, job: JobRun, tokens: int) -> None:
         """Count a task as sent for its user."""
@@ -217,13 +218,16 @@ class FairQueue:
         )
 
     def wanting_page(self) -> JobRun | None:
-        """A job whose next page is wanted, those whose turn is near first."""
+        """A job whose next page is wanted, those whose turn is near first.
+
+        Tasks in memory count for each model apart: those of a model that no key may use now hold back no other's.
+        """
         for user in self._users.values():
-            in_memory = 0
+            in_memory: Counter[str] = Counter()
             for job in user.jobs:
+                if in_memory[job.model] >= LOW_TASKS:
+                    continue
                 if job.wants_page:
                     return job
-                in_memory += len(job.fresh)
-                if in_memory >= LOW_TASKS or job.loading:
-                    break
+                in_memory[job.model] += LOW_TASKS if job.loading else len(job.fresh)
         return None

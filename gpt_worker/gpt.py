@@ -87,7 +87,9 @@ class Endpoint:
     ) -> None:
         self._transport = transport
         self._secret = secret
-        self._token_limit_names = token_limit_names  # (host, model) → the name it takes; shared by all keys
+        self._token_limit_names = (
+            token_limit_names  # (base URL, model) → the name it takes; shared by all keys
+        )
         self._headers = {
             "authorization": f"Bearer {secret}",
             "content-type": "application/json",
@@ -126,19 +128,19 @@ class Endpoint:
         self._transport.cut()
 
     def _token_limit_name(self, model: str) -> str:
-        host = self._transport.host
-        default = TOKEN_LIMIT_NAMES[0] if host == OPENAI_HOST else TOKEN_LIMIT_NAMES[1]
-        return self._token_limit_names.get((host, model), default)
+        default = TOKEN_LIMIT_NAMES[0] if self._transport.host == OPENAI_HOST else TOKEN_LIMIT_NAMES[1]
+        return self._token_limit_names.get((self._transport.base_url, model), default)
 
     def _swaps_name(self, raw: RawReply, name: str, model: str) -> bool:
-        if raw.status != 400 or (self._transport.host, model) in self._token_limit_names:
+        known = self._token_limit_names.get((self._transport.base_url, model))
+        if raw.status != 400 or known == name:
             return False
         error = _error_of(_parsed(raw.body))
         about = f"{error.get('param')} {error.get('message')}"
         if error.get("code") not in ("unsupported_parameter", None) or name not in about:
             return False
         other = TOKEN_LIMIT_NAMES[1 - TOKEN_LIMIT_NAMES.index(name)]
-        self._token_limit_names[self._transport.host, model] = other
+        self._token_limit_names[self._transport.base_url, model] = other
         return True
 
 
@@ -208,7 +210,9 @@ def _usage(parsed: Any) -> tuple[Usage, bool]:
     if not isinstance(usage, dict):
         return Usage(), False
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    if type(prompt) is not int or type(completion) is not int or not 0 <= min(prompt, completion) < 1 << 40:
+    if type(prompt) is not int or type(completion) is not int:
+        return Usage(), False
+    if min(prompt, completion) < 0 or max(prompt, completion) >= 1 << 40:
         return Usage(), False
     return Usage(prompt, completion), True
 
@@ -243,7 +247,9 @@ def _bad_response(message: str) -> Problem:
 
 def _error_of(parsed: Any) -> dict[str, Any]:
     error = parsed.get("error") if isinstance(parsed, dict) else None
-    return error if isinstance(error, dict) else {}
+    if not isinstance(error, dict):
+        return {}
+    return {name: value for name, value in error.items() if not isinstance(value, dict | list)}
 
 
 def _problem(status: int, error: Mapping[str, Any], retry_after_s: float | None, secret: str) -> Problem:

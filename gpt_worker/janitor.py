@@ -5,8 +5,6 @@ import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from gpt_worker.db import Database
 from gpt_worker.domain import utc_now
 from gpt_worker.store import deliveries as delivery_store
@@ -49,7 +47,7 @@ class Janitor:
             try:
                 self.sweep()
                 wait_s = SWEEP_EVERY_S
-            except SQLAlchemyError:
+            except Exception:
                 log.exception("cleaning up failed; trying again", extra={"action": "sweep"})
                 wait_s = RETRY_S
             self._wanted.wait(wait_s)

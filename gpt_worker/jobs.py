@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import islice
 
 from config import Settings
 from gpt_worker.db import Database
@@ -39,6 +38,7 @@ log = logging.getLogger(__name__)
 MIN_FREE_BYTES = 200 << 20
 LOOK_EVERY_S = 1.0
 CLOSE_WAIT_S = 2.0
+SLICE_TOKENS = 2_000_000  # about 8 MB of prompts
 CANCELLED = Failure(ErrorCode.CANCELLED, "the job was cancelled before this task was sent")
 
 
@@ -288,9 +288,8 @@ class Jobs:
             self._found(job_store.find_job(session, job_id, caller))
             cancelled = job_store.cancel(session, job_id)
         if cancelled:
-            self._dispatcher.close(job_id, CANCELLED)
-            # A job with nothing in flight ends within a commit: worth the moment, so that the reply shows it.
-            self.wait(job_id, CLOSE_WAIT_S if not self._dispatcher.in_flight(job_id) else 0, lambda: False)
+            # Worth the moment: so the reply shows what was not sent as cancelled.
+            self._dispatcher.close(job_id, CANCELLED).wait(CLOSE_WAIT_S)
 
     def purge(self, caller: Caller, job_id: str) -> None:
         """The job is gone, with all that belongs to it; what is in flight lands nowhere."""
@@ -325,6 +324,14 @@ class Jobs:
 
 
 def _slices(tasks: Iterable[NewTask]) -> "Iterator[list[NewTask]]":
-    iterator = iter(tasks)
-    while current := list(islice(iterator, SLICE_TASKS)):
+    """The tasks of one commit each: so many, and so large together, that neither memory nor the gate is held long."""
+    current: list[NewTask] = []
+    tokens = 0
+    for task in tasks:
+        current.append(task)
+        tokens += task.tokens
+        if len(current) == SLICE_TASKS or tokens >= SLICE_TOKENS:
+            yield current
+            current, tokens = [], 0
+    if current:
         yield current

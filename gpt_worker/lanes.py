@@ -54,7 +54,7 @@ class QuotaGroup:
     exhausted_at_s: float = 0.0
     exhausted_until_s: float = 0.0
     exhausted_in_a_row: int = 0
-    probing: bool = False
+    probe_sent_at_s: float | None = None  # the one call that tries whether there is quota again
     missing_models: dict[str, float] = field(default_factory=dict)  # model → when it is tried again
 
     def limiter(self, model: str) -> Limiter:
@@ -67,10 +67,12 @@ class QuotaGroup:
         """Take over what another group has learned: the lowest remaining wins."""
         for model, theirs in other.limiters.items():
             ours = self.limiters.setdefault(model, theirs)
-            for mine, their in ((ours.requests, theirs.requests), (ours.tokens, theirs.tokens)):
-                if mine and their:
-                    mine.level = min(mine.level, their.level)
+            ours.absorb(theirs)
+        self.exhausted_at_s = max(self.exhausted_at_s, other.exhausted_at_s)
         self.exhausted_until_s = max(self.exhausted_until_s, other.exhausted_until_s)
+        self.exhausted_in_a_row = max(self.exhausted_in_a_row, other.exhausted_in_a_row)
+        for model, until_s in other.missing_models.items():
+            self.missing_models[model] = max(until_s, self.missing_models.get(model, 0.0))
 
     def exhausted(self, now_s: float) -> float:
         """The quota is used up: rest 10 minutes, doubling to 6 hours; the time of the next try."""
@@ -114,7 +116,7 @@ class Lane:
         self._rest_from_s = 0.0
         self._rest_until_s = 0.0
         self._failures_in_a_row = 0
-        self._probing = False
+        self._probe_sent_at_s: float | None = None  # the one call that tries whether the key is well again
 
     @property
     def refused(self) -> bool:
@@ -124,14 +126,16 @@ class Lane:
         """Why this lane takes no task for this model now, or None if it does."""
         if self.down is not None:
             return Hold(LaneState.RESTING, None)
-        if self._probe_at_s is not None and (self._probing or now_s < self._probe_at_s):
-            return Hold(LaneState.REFUSED, None if self._probing else self._probe_at_s)
+        probing = self._probe_sent_at_s is not None
+        if self._probe_at_s is not None and (probing or now_s < self._probe_at_s):
+            return Hold(LaneState.REFUSED, None if probing else self._probe_at_s)
         group = self.group
-        if group.exhausted_in_a_row and (group.probing or now_s < group.exhausted_until_s):
-            return Hold(LaneState.OUT_OF_QUOTA, None if group.probing else group.exhausted_until_s)
+        group_probing = group.probe_sent_at_s is not None
+        if group.exhausted_in_a_row and (group_probing or now_s < group.exhausted_until_s):
+            return Hold(LaneState.OUT_OF_QUOTA, None if group_probing else group.exhausted_until_s)
         if self._rest_until_s > now_s:
             return Hold(LaneState.RESTING, self._rest_until_s)
-        if self._failures_in_a_row >= FAILURES_BEFORE_REST and self._probing:
+        if self._failures_in_a_row >= FAILURES_BEFORE_REST and probing:
             return Hold(LaneState.RESTING, None)
         missing_until_s = group.missing_models.get(model)
         if missing_until_s is not None:
@@ -155,19 +159,22 @@ class Lane:
             return Hold(LaneState.RESTING, min(rests))
         return Hold(LaneState.READY, None)
 
-    def sent(self) -> None:
+    def sent(self, sent_at_s: float) -> None:
         """A call goes out; if the lane's health was in doubt, it is the one probe."""
         self.in_flight += 1
         self.requests += 1
         if self.refused or self._failures_in_a_row >= FAILURES_BEFORE_REST:
-            self._probing = True
+            self._probe_sent_at_s = sent_at_s
         if self.group.exhausted_in_a_row:
-            self.group.probing = True
+            self.group.probe_sent_at_s = sent_at_s
 
-    def came_back(self) -> None:
+    def came_back(self, sent_at_s: float) -> None:
+        """A call sent then is over; one older than the probe is not the probe."""
         self.in_flight -= 1
-        self._probing = False
-        self.group.probing = False
+        if self._probe_sent_at_s is not None and sent_at_s >= self._probe_sent_at_s:
+            self._probe_sent_at_s = None
+        if self.group.probe_sent_at_s is not None and sent_at_s >= self.group.probe_sent_at_s:
+            self.group.probe_sent_at_s = None
 
     def works(self, sent_at_s: float) -> bool:
         """A call sent then shows that the key works; whether that is news. Older than the trouble, it shows nothing."""

@@ -71,3 +71,11 @@ class DataDirLock:
                     )
                     raise DataDirBusy(message) from error
                 time.sleep(min(RETRY_EVERY_S, left_s))
+
+
+def is_still_owner(data_dir: Path) -> bool:
+    """Whether the lock file still names this process: it may have been deleted, and taken anew by another."""
+    try:
+        return (data_dir / "lock").read_text("ascii").strip() == str(os.getpid())
+    except (OSError, UnicodeDecodeError):
+        return False

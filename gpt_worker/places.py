@@ -12,14 +12,23 @@ class Places:
     """So many requests may be held at once."""
 
     def __init__(self, places: int = WEB_THREADS - SPARE_THREADS) -> None:
-        self._free = threading.Semaphore(places)
+        self.total = places
+        self._lock = threading.Lock()
+        self._free = places
+
+    @property
+    def free(self) -> int:
+        """How many more may be held now."""
+        return self._free
 
     @contextmanager
     def hold(self) -> Iterator[bool]:
         """Whether there was a place; it is given back at the end of the block."""
-        held = self._free.acquire(blocking=False)
+        with self._lock:
+            held = self._free > 0
+            self._free -= held
         try:
             yield held
         finally:
-            if held:
-                self._free.release()
+            with self._lock:
+                self._free += held

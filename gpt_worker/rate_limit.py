@@ -8,7 +8,7 @@ Source: OpenAI, "Rate limits", the headers x-ratelimit-{limit,remaining,reset}-{
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 DEFAULT_WINDOW_S = 60.0
@@ -174,11 +174,13 @@ class Limiter:
         if wait.seconds > 0:
             self.blocked = self.blocked or math.isinf(wait.seconds)
             return wait
+        if self.tokens:
+            tokens = min(tokens, int(self.tokens.capacity))
         reservation = Reservation(
             tokens,
             now_s,
-            self.requests.sent if self.requests else 0.0,
-            self.tokens.sent if self.tokens else 0.0,
+            self.requests.sent if self.requests else -1.0,  # a bucket made later does not know of this call
+            self.tokens.sent if self.tokens else -float(tokens),
         )
         if self.requests:
             self.requests.take(1)
@@ -239,11 +241,11 @@ class Limiter:
             self.window_limit = max(1.0, min(self.window_limit, self.in_flight + 1, self.window) / 2)
         if reservation.sent_at_s >= self.rest_until_s:
             self.rests_in_a_row += 1
-        if rest_s is None:
+        if not rest_s:  # "retry after 0 s" says as little as nothing
             rest_s = (0.5 + jitter / 2) * min(
                 LONGEST_REST_S, FIRST_REST_S * 2.0 ** max(0, self.rests_in_a_row - 1)
             )
-        self.rest_until_s = max(self.rest_until_s, now_s + rest_s)
+        self.rest_until_s = max(self.rest_until_s, now_s + min(LONGEST_WINDOW_S, rest_s))
 
     def pause_s(self, now_s: float) -> float:
         """Seconds until the smallest request could go; 0 if it can, or waits for a reply only."""
@@ -254,6 +256,15 @@ class Limiter:
             if self.requests or self.tokens
             else 0.0
         )
+
+    def absorb(self, other: "Limiter") -> None:
+        """Take over what another limiter of the same limit has learned: the lowest remaining and the longest rest."""
+        if other is self:
+            return
+        self.rest_until_s = max(self.rest_until_s, other.rest_until_s)
+        self.window_limit = min(self.window_limit, other.window_limit)
+        self.requests = _lower(self.requests, other.requests)
+        self.tokens = _lower(self.tokens, other.tokens)
 
     def released(self) -> None:
         """Give back a reservation whose call was never sent."""
@@ -280,3 +291,11 @@ class Limiter:
             else:
                 since = self.tokens.sent - reservation.tokens_sent - reservation.tokens
                 self.tokens.learn(headers.tokens, max(0.0, since), took_s, now_s)
+
+
+def _lower(ours: Bucket | None, theirs: Bucket | None) -> Bucket | None:
+    """Our bucket with the lower level of both; a copy of theirs if we have none, since its history is another's."""
+    if ours is None or theirs is None:
+        return ours or (theirs and replace(theirs, sent=0.0))
+    ours.level = min(ours.level, theirs.level)
+    return ours

@@ -8,10 +8,9 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 
-from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from gpt_worker.db import Database
@@ -38,6 +37,7 @@ class _Closing:
     failure: Failure
     spare: Collection[int]
     after: int | None = -1
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 @dataclass(slots=True)
@@ -46,6 +46,10 @@ class _Group:
 
     outcomes: list[Outcome]
     started: list[str]
+
+    @property
+    def job_ids(self) -> set[str]:
+        return {*self.started, *(outcome.job_id for outcome in self.outcomes)}
 
 
 class Recorder:
@@ -63,7 +67,9 @@ class Recorder:
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.healthy = True
         self.commits = 0
+        self.stored = 0  # outcomes, since the start
         self.on_ended: Callable[[str, int], None] = lambda _job_id, _run: None
+        self.on_committed: Callable[[Collection[str]], None] = lambda _job_ids: None
         self.on_delivery: Callable[[], None] = lambda: None
         self.on_recovered: Callable[[], None] = lambda: None
 
@@ -77,6 +83,11 @@ class Recorder:
             self._condition.notify_all()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    @property
+    def waiting(self) -> int:
+        """How many outcomes are not yet on their way into a commit."""
+        return len(self._outcomes)
 
     def put(self, outcome: Outcome) -> None:
         """Hand over what became of a call; blocks while the inbox is full."""
@@ -94,11 +105,16 @@ class Recorder:
             self._started.append(job_id)
             self._condition.notify_all()
 
-    def close_job(self, job_id: str, failure: Failure, spare: Collection[int]) -> None:
-        """Fail every task of a job that is still pending, but for those in flight; ends the job if none is."""
+    def close_job(self, job_id: str, failure: Failure, spare: Collection[int]) -> threading.Event:
+        """Fail every task of a job that is still pending, but for those in flight; ends the job if none is.
+
+        The event is set when that is stored.
+        """
+        closing = _Closing(job_id, failure, spare)
         with self._condition:
-            self._closings.append(_Closing(job_id, failure, spare))
+            self._closings.append(closing)
             self._condition.notify_all()
+        return closing.done
 
     def _run(self) -> None:
         while True:
@@ -112,21 +128,26 @@ class Recorder:
                     return
                 self._outcomes, self._outcomes_bytes, self._started = [], 0, []
                 self._condition.notify_all()
-            self._persist(lambda group=group: self._commit_group(group))  # type: ignore[misc]
+            if group.outcomes or group.started:
+                self._persist(lambda group=group: self._commit_group(group), group.job_ids)  # type: ignore[misc]
+                self.stored += len(group.outcomes) if self.healthy else 0
             if closing is not None:
-                self._persist(lambda closing=closing: self._commit_slice(closing))  # type: ignore[misc]
+                self._persist(lambda closing=closing: self._commit_slice(closing), (closing.job_id,))  # type: ignore[misc]
+                if self._stopping and not self.healthy:
+                    return  # what could not be stored is asked again after the next start
                 if closing.after is None:
                     with self._condition:
                         self._closings.popleft()
+                    closing.done.set()
 
-    def _persist(self, commit: Callable[[], list[JobRow]]) -> None:
+    def _persist(self, commit: Callable[[], list[JobRow]], job_ids: Collection[str]) -> None:
         """Commit until it is done, then tell who waits for it."""
         retry_s = FIRST_RETRY_S
         while True:
             try:
                 ended = commit()
                 break
-            except SQLAlchemyError:
+            except Exception:  # whatever it is, an answer that was paid for is not dropped
                 if self.healthy:
                     log.exception(
                         "answers can't be stored; nothing is sent meanwhile", extra={"action": "record"}
@@ -141,14 +162,13 @@ class Recorder:
             self.healthy = True
             log.info("answers are stored again", extra={"action": "record"})
             self.on_recovered()
+        self.on_committed(job_ids)
         for job in ended:
             self.on_ended(job.id, job.run)
             if job.delivery == DeliveryMode.WEBHOOK:
                 self.on_delivery()
 
     def _commit_group(self, group: _Group) -> list[JobRow]:
-        if not group.outcomes and not group.started:
-            return []
         now = utc_now()
         by_job: dict[str, list[Outcome]] = {}
         for outcome in group.outcomes:
@@ -160,8 +180,10 @@ class Recorder:
                 progress = JobProgress(
                     answered=task_store.record_answers(session, outcomes),
                     failed=task_store.record_failures(session, outcomes),
-                    results_bytes=sum(map(_result_bytes, outcomes)),
                 )
+                if not (progress.answered or progress.failed) and any(map(_decided, outcomes)):
+                    continue  # this very group was stored already, by a commit that seemed to fail
+                progress.results_bytes = sum(map(_result_bytes, outcomes))
                 for outcome in outcomes:
                     progress.add_call(outcome.calls, outcome.usage)
                 job_store.add_progress(session, job_id, progress)
@@ -188,6 +210,9 @@ class Recorder:
         for job_id in job_ids:
             job = job_store.end_if_done(session, job_id, now)
             if job is None:
+                job = job_store.get_job(session, job_id)
+                if job is not None and job.finished_at is not None:
+                    ended.append(job)  # by a commit that seemed to fail: who waits for it was not told
                 continue
             if job.delivery == DeliveryMode.WEBHOOK:
                 delivery_store.add_job_delivery(
@@ -195,6 +220,10 @@ class Recorder:
                 )
             ended.append(job)
         return ended
+
+
+def _decided(outcome: Outcome) -> bool:
+    return outcome.decision is not None
 
 
 def _result_bytes(outcome: Outcome) -> int:

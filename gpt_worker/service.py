@@ -5,6 +5,7 @@ import threading
 from dataclasses import dataclass, field
 
 from flask import Flask
+from sqlalchemy.exc import SQLAlchemyError
 
 from config import Settings, SettingsError
 from gpt_worker.accounts import Accounts
@@ -16,9 +17,12 @@ from gpt_worker.embedded import EmbeddedModel, EmbeddedModelMissing, check_insta
 from gpt_worker.janitor import Janitor
 from gpt_worker.jobs import CANCELLED, Jobs
 from gpt_worker.keys import KeyBoard
+from gpt_worker.metrics import Snapshot, Stored
 from gpt_worker.modes import ModeBoard
 from gpt_worker.places import Places
+from gpt_worker.progress import ProgressBoard
 from gpt_worker.recorder import Recorder
+from gpt_worker.store import deliveries as delivery_store
 from gpt_worker.store import jobs as job_store
 
 log = logging.getLogger(__name__)
@@ -46,6 +50,7 @@ class Service:
     link_key: bytes
     keys: KeyBoard
     version: str
+    progress: ProgressBoard
     places: Places = field(default_factory=Places)
     ready: bool = False
     stopping: bool = False
@@ -92,10 +97,11 @@ class Service:
         )
 
     def begin_shutdown(self) -> None:
-        """Not ready any more: nothing new is taken, and who waits for a job gets their 202."""
+        """Not ready any more: nothing new is taken, who waits for a job gets their 202, and streams of events end."""
         self.stopping = True
         self.ready = False
         self.jobs.begin_shutdown()
+        self.progress.close()
         self.dispatcher.stop_taking()
 
     def stop(self) -> None:
@@ -118,3 +124,26 @@ class Service:
         """Cut the calls and deliveries in flight; `stop` then ends at once."""
         self.dispatcher.abort()
         self.deliveries.stop(0)
+
+    def snapshot(self) -> Snapshot:
+        """How the service stands now, in numbers."""
+        try:
+            with self.database.read() as session:
+                stored = Stored(job_store.count_by_status(session), delivery_store.count_by_status(session))
+        except SQLAlchemyError:
+            log.warning(
+                "the database can't be read for the metrics", exc_info=True, extra={"action": "metrics"}
+            )
+            stored = None
+        return Snapshot(
+            version=self.version,
+            model=self.model_name,
+            keys=self.keys.reports(),
+            stored=stored,
+            commits=self.recorder.commits,
+            outcomes=self.recorder.stored,
+            inbox=self.recorder.waiting,
+            recorder_healthy=self.recorder.healthy,
+            places=self.places.total,
+            places_free=self.places.free,
+        )

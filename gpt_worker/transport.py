@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http.client import RemoteDisconnected
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import urllib3
@@ -54,8 +54,8 @@ class RawReply:
 class _Call:
     deadline_s: float
     owner: "Transport"
-    connection: Any = None
-    reused: bool = False
+    sock: socket.socket | None = None
+    reused: bool = True  # until a new connection is made for it
     cut: bool = False
 
 
@@ -65,11 +65,22 @@ _thread = (
 
 
 class _Watched:
-    """Mixed into urllib3's connections: the running call learns which connection carries it."""
+    """Mixed into urllib3's connections: the running call learns which socket carries it.
+
+    The socket and not the connection, which forgets it as soon as a reply says that it will close.
+    """
+
+    def _new_conn(self) -> socket.socket:
+        new: socket.socket = super()._new_conn()  # type: ignore[misc]
+        _thread.call.sock, _thread.call.reused = new, False
+        return new
+
+    def connect(self) -> None:
+        super().connect()  # type: ignore[misc]
+        _thread.call.sock = getattr(self, "sock", None)  # with TLS around it
 
     def request(self, *args: Any, **kwargs: Any) -> None:
-        _thread.call.connection = self
-        _thread.call.reused = getattr(self, "sock", None) is not None
+        _thread.call.sock = getattr(self, "sock", None) or _thread.call.sock
         super().request(*args, **kwargs)  # type: ignore[misc]
 
 
@@ -110,22 +121,21 @@ class Watchdog:
             for call in self._by_id.values():
                 if call.owner is owner:
                     call.cut = True
-                    _cut(call.connection)
+                    _cut(call.sock)
 
     def _run(self) -> None:
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._by_id)
                 now_s = time.monotonic()
-                late = [call for call in self._by_id.values() if call.deadline_s <= now_s and not call.cut]
-                for call in late:
-                    call.cut = True
-                    _cut(call.connection)
+                for call in self._by_id.values():
+                    if call.cut or call.deadline_s <= now_s:
+                        call.cut = True
+                        _cut(call.sock)  # again: it may have connected after the last time
             threading.Event().wait(WATCH_EVERY_S)
 
 
-def _cut(connection: Any) -> None:
-    sock = getattr(connection, "sock", None)
+def _cut(sock: socket.socket | None) -> None:
     if sock is not None:
         with contextlib.suppress(OSError, ValueError):
             # Not SSLSocket.shutdown, which would take the TLS layer from under the reading thread.
@@ -146,7 +156,9 @@ class Transport:
         self.forbidden = loopback_only and not is_loopback(base_url)
         options: dict[str, Any] = {"maxsize": threads, "block": False, "retries": False}
         proxy = None if is_loopback(base_url) or proxy_bypass(self.host) else getproxies().get(parts.scheme)
-        manager = urllib3.ProxyManager(proxy, **options) if proxy else urllib3.PoolManager(**options)
+        manager = _through_proxy(proxy, options) if proxy else urllib3.PoolManager(**options)
+        if proxy and parts.scheme == "http":
+            self.path = base_url.rstrip("/")  # a proxy is told the whole address
         self._pool = manager.connection_from_url(base_url)
         self._pool.ConnectionCls = _HttpsConnection if parts.scheme == "https" else _HttpConnection
 
@@ -161,18 +173,19 @@ class Transport:
         call = _thread.call = _Call(time.monotonic() + deadline_s, self)
         try:
             with _watchdog.watch(call):
-                return self._exchange(path, headers, body, deadline_s)
-        except urllib3.exceptions.TimeoutError as error:
-            if isinstance(error, urllib3.exceptions.ConnectTimeoutError) and not call.cut:
-                raise TransportError("the endpoint did not accept the connection in time") from error
-            raise DeadlinePassed(f"no whole reply within {deadline_s:g} s") from error
+                reply = self._exchange(path, headers, body, deadline_s)
         except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:
             if call.cut or time.monotonic() >= call.deadline_s:
                 raise DeadlinePassed(f"no whole reply within {deadline_s:g} s") from error
             root = _root(error)
+            if isinstance(root, TimeoutError):
+                raise TransportError("the endpoint did not accept the connection in time") from error
             if call.reused and isinstance(root, RemoteDisconnected | ConnectionResetError | BrokenPipeError):
                 raise ConnectionStale("the endpoint closed the connection") from error
             raise TransportError(f"the connection failed ({type(root).__name__})") from error
+        if call.cut:  # what looks like the end of a reply is where we cut it
+            raise DeadlinePassed(f"no whole reply within {deadline_s:g} s")
+        return reply
 
     def _exchange(self, path: str, headers: Mapping[str, str], body: bytes, deadline_s: float) -> RawReply:
         response = self._pool.urlopen(
@@ -182,9 +195,11 @@ class Transport:
             headers=dict(headers),
             retries=False,
             redirect=False,
+            assert_same_host=False,
             preload_content=False,
             timeout=urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, deadline_s), read=deadline_s),
         )
+        _thread.call.reused = False  # it has answered: whatever happens now, it was not stale
         try:
             data = response.read(MAX_REPLY_BYTES + 1, decode_content=True)
             if len(data) > MAX_REPLY_BYTES:
@@ -198,6 +213,18 @@ class Transport:
     def cut(self) -> None:
         """End every call in flight now; each raises DeadlinePassed."""
         _watchdog.cut_all(self)
+
+
+def _through_proxy(proxy: str, options: dict[str, Any]) -> urllib3.ProxyManager:
+    """By way of a proxy as the environment names it: perhaps with a user and a password, perhaps without a scheme."""
+    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    headers = None
+    if parts.username is not None:
+        user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        headers = urllib3.make_headers(proxy_basic_auth=user)
+    port = f":{parts.port}" if parts.port else ""
+    return urllib3.ProxyManager(f"{parts.scheme}://{host}{port}", proxy_headers=headers, **options)
 
 
 def _root(error: BaseException) -> BaseException:

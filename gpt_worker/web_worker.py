@@ -53,6 +53,7 @@ NEXT_LOCK_WAIT_S = GRACEFUL_TIMEOUT_S + 10.0
 SAME_SIGNAL_S = 0.5  # a process group's SIGTERM also comes from make, or from a supervisor
 OPEN_FILES = 16_384
 READ_BYTES = 64 * 1024
+DRAIN_BYTES = 64 * 1024
 
 logger = logging.getLogger(__name__)
 
@@ -131,24 +132,46 @@ class ClientSocket(socket.socket):
 class RequestBody:
     """gunicorn's body of a request, with a client's faults raised as HTTP errors that any Flask handler answers."""
 
-    def __init__(self, body: Any) -> None:
+    def __init__(self, body: Any, length: int | None) -> None:
         self._body = body
+        self._left = length  # None: chunked, and its end not seen
+
+    @property
+    def much_is_left(self) -> bool:
+        """Whether more was not read than is worth reading only to keep the connection."""
+        return self._left is None or self._left > DRAIN_BYTES
 
     def read(self, size: int | None = None) -> bytes:
         with _client_faults_as_http_errors():
-            return bytes(self._body.read(size))
+            return self._count(bytes(self._body.read(size)), ended=size is None or size < 0)
 
     def readline(self, size: int | None = None) -> bytes:
         with _client_faults_as_http_errors():
-            return bytes(self._body.readline(size))
+            return self._count(bytes(self._body.readline(size)), ended=False)
 
     def readlines(self, hint: int | None = None) -> list[bytes]:
         with _client_faults_as_http_errors():
-            return list(self._body.readlines(hint))
+            lines = list(self._body.readlines(hint))
+        self._count(b"".join(lines), ended=not hint)
+        return lines
+
+    def _count(self, data: bytes, *, ended: bool) -> bytes:
+        if self._left is not None:
+            self._left -= len(data)
+        elif ended or not data:
+            self._left = 0
+        return data
 
     def __iter__(self) -> Iterator[bytes]:
         while line := self.readline():
             yield line
+
+
+def _body_length(req: Any) -> int | None:
+    """The length of a request's body as its head tells; None: chunked."""
+    if any(name == "TRANSFER-ENCODING" for name, _ in req.headers):
+        return None
+    return next((int(value) for name, value in req.headers if name == "CONTENT-LENGTH"), 0)
 
 
 @contextlib.contextmanager
@@ -372,11 +395,15 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def handle_request(self, req: Any, conn: Connection) -> bool:
         conn.sock.head_deadline_s = None
-        body, req.body = req.body, RequestBody(req.body)
+        body, closes = req.body, req.should_close
+        req.body = RequestBody(body, _body_length(req))
+        # Asked when the reply's head is written: a client that is refused with much unsent must be told of the close.
+        req.should_close = lambda: closes() or req.body.much_is_left
         try:
             return bool(super().handle_request(req, conn))
         finally:
             req.body = body  # gunicorn drains what was left unread, and knows its own errors
+            del req.should_close
 
     def finish_request(self, conn: Connection, future: "Future[Any]") -> None:
         if future.cancelled() or future.exception() is not None or not future.result():

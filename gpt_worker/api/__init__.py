@@ -5,10 +5,22 @@ from flask.json.provider import DefaultJSONProvider
 from flask_openapi3.models.info import Info
 from flask_openapi3.openapi import OpenAPI
 
-from gpt_worker.api import access, accounts, health, jobs, keys, modes, problems, schemas, webhooks
+from gpt_worker.api import (
+    access,
+    accounts,
+    events,
+    health,
+    jobs,
+    keys,
+    metrics,
+    modes,
+    problems,
+    schemas,
+    webhooks,
+)
 from gpt_worker.api.parsing import StrictRequest
 
-BLUEPRINTS = (jobs, webhooks, keys, accounts, modes, health)
+BLUEPRINTS = (jobs, events, webhooks, keys, accounts, modes, health, metrics)
 
 
 class OrderedJson(DefaultJSONProvider):
@@ -37,6 +49,7 @@ def make_app(version: str) -> Flask:
         static_folder=None,
     )
     app.json = OrderedJson(app)
+    metrics.install(app)
     access.install(app)
     problems.install(app)
     return app

@@ -5,7 +5,9 @@ input is judged. A token that is no good is a 401 also where none is needed: nob
 user in silence.
 """
 
+from collections.abc import Iterable
 from enum import StrEnum
+from ipaddress import IPv6Address, ip_address
 
 from flask import Flask, g, request
 from werkzeug.exceptions import MethodNotAllowed
@@ -15,6 +17,7 @@ from gpt_worker.domain import ANONYMOUS, Caller
 from gpt_worker.errors import Forbidden, Unauthenticated
 
 LINK_PARAMETER = "signature"
+FORWARDED = ("forwarded", "via", "x-real-ip")
 
 
 class Access(StrEnum):
@@ -26,6 +29,7 @@ class Access(StrEnum):
     TASKS_OR_LINK = "tasks or link"  # the same, and whoever brings a signed link, which the view checks
     USER = "user"  # a user, always
     ADMIN = "admin"  # an admin, always
+    ADMIN_OR_LOCAL = "admin or local"  # the same, and the machine itself without a token or a proxy
 
 
 POLICIES: dict[str, Access] = {
@@ -47,9 +51,9 @@ POLICIES: dict[str, Access] = {
     "jobs.list_jobs": Access.TASKS,
     "jobs.get_job": Access.TASKS,
     "jobs.get_results": Access.TASKS_OR_LINK,
-    "jobs.get_events": Access.TASKS,
     "jobs.cancel_job": Access.TASKS,
     "jobs.retry_job": Access.TASKS,
+    "events.get_events": Access.TASKS,
     "webhooks.list_deliveries": Access.USER,
     "webhooks.get_delivery": Access.USER,
     "webhooks.redeliver": Access.USER,
@@ -60,6 +64,7 @@ POLICIES: dict[str, Access] = {
     "keys.check_key": Access.ADMIN,
     "health.healthz": Access.PUBLIC,
     "health.readyz": Access.PUBLIC,
+    "metrics.get_metrics": Access.ADMIN_OR_LOCAL,
 }
 
 
@@ -102,6 +107,19 @@ def by_link() -> bool:
     return bool(g.by_link)
 
 
+def is_local(address: str | None, header_names: Iterable[str]) -> bool:
+    """Whether a request comes from this machine, and not through a proxy, which would come from it for everybody."""
+    names = [name.lower() for name in header_names]
+    if any(name in FORWARDED or name.startswith("x-forwarded-") for name in names):
+        return False
+    try:
+        known = ip_address(address or "")
+    except ValueError:
+        return False
+    mapped = known.ipv4_mapped if isinstance(known, IPv6Address) else None
+    return (mapped or known).is_loopback
+
+
 def _admit() -> None:
     g.caller, g.token_id, g.by_link = ANONYMOUS, None, False
     if request.url_rule is None:
@@ -118,9 +136,11 @@ def _admit() -> None:
         _authenticate(request.headers["Authorization"])
     elif access is Access.TASKS_OR_LINK and LINK_PARAMETER in request.args:
         g.by_link = True
+    elif access is Access.ADMIN_OR_LOCAL and is_local(request.remote_addr, request.headers.keys()):
+        return
     elif access not in (Access.TASKS, Access.TASKS_OR_LINK) or service().modes.current().auth:
         raise Unauthenticated("This needs a token: Authorization: Bearer …")
-    if access is Access.ADMIN and not caller().is_admin:
+    if access in (Access.ADMIN, Access.ADMIN_OR_LOCAL) and not caller().is_admin:
         raise Forbidden("Only an admin may do this.")
 
 

@@ -14,6 +14,7 @@ from gpt_worker.api import schemas
 from gpt_worker.api.context import service
 from gpt_worker.errors import Unavailable
 from gpt_worker.jobs import MIN_FREE_BYTES
+from gpt_worker.ownership import is_still_owner
 
 Json = dict[str, Any]
 
@@ -73,9 +74,11 @@ def _not_ready() -> str | None:
         return "The service is starting."
     try:
         with parts.database.read() as session:
-            session.execute(text("SELECT 1"))
+            session.execute(text("SELECT name FROM modes"))  # SQLite reads no page for less
     except SQLAlchemyError:
         return "The database can't be used."
+    if not is_still_owner(parts.settings.data_dir):
+        return "DATA_DIR is not this service's own any more: its lock file is gone, or another's."
     if not parts.recorder.healthy:
         return "The database takes no answers."
     if shutil.disk_usage(parts.settings.data_dir).free < MIN_FREE_BYTES:

@@ -1,9 +1,10 @@
-"""A job as it came in by JSON, checked member by member and turned into a `JobRequest`.
+"""A job as it came in, checked member by member and turned into a `JobRequest`.
 
 Settings go through their schema; tasks are checked by hand, since there may be hundreds of thousands.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from config import Settings
@@ -41,13 +42,21 @@ def read_job(
     if "data" not in body:
         raise Invalid.at("is required", "data")
     settings = read_settings(body.get("settings", {}))
-    chosen = job_settings(settings)
+    job = job_without_tasks(settings, service, delivery, model, "settings")
+    metadata = read_metadata(body.get("metadata", {}))
+    return replace(job, metadata=metadata, tasks=list(_tasks(body["data"], job.settings, service.max_tasks)))
+
+
+def job_without_tasks(
+    settings: JobSettingsBody, service: Settings, delivery: DeliveryMode, model: str | None, *loc: str
+) -> JobRequest:
+    """What the settings, which stand at `loc`, say of a job; the other arguments are those of `read_job`."""
     return JobRequest(
-        settings=chosen,
+        settings=job_settings(settings, *loc),
         model=model or settings.model or settings.gpt_type or service.model,
         delivery=settings.delivery or delivery,
-        metadata=read_metadata(body.get("metadata", {})),
-        tasks=list(_tasks(body["data"], chosen, service.max_tasks)),
+        metadata={},
+        tasks=(),
     )
 
 
@@ -62,13 +71,13 @@ class _Envelope(Body):
     settings: JobSettingsBody
 
 
-def job_settings(body: JobSettingsBody) -> JobSettings:
-    """What the dispatcher needs of the settings; Invalid for a template that is none."""
+def job_settings(body: JobSettingsBody, *loc: str) -> JobSettings:
+    """What the dispatcher needs of the settings, which stand at `loc`; Invalid for a template that is none."""
     if body.template is not None:
         try:
             template_parts(body.template)
         except ValueError as error:
-            raise Invalid.at(f"is no template: {error}", "settings", "template") from error
+            raise Invalid.at(f"is no template: {error}", *loc, "template") from error
     form = body.response_format
     values: dict[str, Any] = {
         "temperature": body.temperature,
@@ -160,6 +169,7 @@ class TaskReader:
                 return _messages(value, (*loc, form))
             if form == "vars":
                 return self._vars(value, (*loc, form))
+            loc = (*loc, form)
         if not isinstance(value, str):
             raise Invalid.at('a task is a text, or {"messages": […]}, or {"vars": {…}}', *loc)
         if not value:

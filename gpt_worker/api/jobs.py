@@ -1,10 +1,10 @@
 """Jobs over HTTP: submit and wait, look, results, cancel, retry."""
 
 import hashlib
-import json
 import math
 import re
 import socket
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +17,8 @@ from gpt_worker.api import job_schemas as shapes
 from gpt_worker.api import schemas
 from gpt_worker.api.access import by_link, caller
 from gpt_worker.api.context import service
-from gpt_worker.api.job_body import read_job
+from gpt_worker.api.upload_query import UploadQuery
+from gpt_worker.api.uploads import Received, receive
 from gpt_worker.domain import DeliveryMode, JobStatus, utc_now
 from gpt_worker.errors import Forbidden, Invalid, Unavailable
 from gpt_worker.jobs import Idempotency, JobRequest
@@ -62,25 +63,25 @@ api = APIBlueprint(
 
 
 @api.post("/jobs", **SUBMIT)
-def submit(query: shapes.SubmitQuery) -> Json | Answer:
+def submit(query: UploadQuery) -> Json | Answer:
     """Submit a job."""
     return _submit(query)
 
 
 @api.post("/task", **{**SUBMIT, "summary": "Submit a job, under its old name"})
-def submit_task(query: shapes.SubmitQuery) -> Json | Answer:
+def submit_task(query: UploadQuery) -> Json | Answer:
     """The same as POST /jobs."""
     return _submit(query)
 
 
-def _submit(query: shapes.SubmitQuery) -> Json | Answer:
-    parts = service()
-    embedded = parts.model_name if parts.settings.embedded else None
-    asked = read_job(request.get_json(), parts.settings, parts.modes.current().delivery, embedded)
-    if query.dry_run == "true":
-        return _dry_run(asked)
-    prefer = _prefer()
-    submitted = parts.jobs.submit(caller(), asked, _idempotency())
+def _submit(query: UploadQuery) -> Json | Answer:
+    dry_run = query.dry_run == "true"
+    key = None if dry_run else _idempotency_key()
+    with receive(query, hashed=key is not None) as received:
+        if dry_run:
+            return _dry_run(received.job)
+        prefer = _prefer()
+        submitted = service().jobs.submit(caller(), received.job, _idempotency(key, received))
     return _wait_for(submitted.job_id, prefer, submitted.replayed)
 
 
@@ -232,14 +233,18 @@ def _prefer() -> float | None:
     return wait_s
 
 
-def _idempotency() -> Idempotency | None:
+def _idempotency_key() -> str | None:
     key = request.headers.get("Idempotency-Key")
+    if key is not None and not 1 <= len(key) <= MAX_KEY_LENGTH:
+        raise Invalid.at(f"must have 1 to {MAX_KEY_LENGTH} characters", "header", "Idempotency-Key")
+    return key
+
+
+def _idempotency(key: str | None, received: Received) -> Idempotency | None:
     if key is None:
         return None
-    if not 1 <= len(key) <= MAX_KEY_LENGTH:
-        raise Invalid.at(f"must have 1 to {MAX_KEY_LENGTH} characters", "header", "Idempotency-Key")
-    said = json.dumps([sorted(request.args.items(multi=True)), request.get_json()], separators=(",", ":"))
-    return Idempotency(_sha256(key), _sha256(said))
+    assert received.said is not None
+    return Idempotency(_sha256(key), _sha256(received.said))
 
 
 def _sha256(text: str) -> str:
@@ -265,7 +270,7 @@ def _client_left() -> Callable[[], bool]:
 
 def _dry_run(asked: JobRequest) -> Json:
     dispatcher = service().dispatcher
-    tokens = [task.tokens for task in asked.tasks]
+    tokens = array("Q", (task.tokens for task in asked.tasks))
     limit = chunk_limit(len(tokens), dispatcher.threads)
     seconds = dispatcher.estimate_s(asked.model, len(tokens), sum(tokens))
     return {

@@ -22,8 +22,8 @@ ONE_AT_A_TIME_BYTES = 1 << 20
 PIECE_BYTES = 64 << 10
 LARGEST = int(sys.float_info.max)
 
-PLACE = re.compile(r" at (line \d+ column \d+)$")
-DUPLICATE = re.compile(r'Detected duplicate key (".*") at (line \d+ column \d+)$', re.DOTALL)
+PLACE = re.compile(r" at (line \d+ )(column \d+)$")
+DUPLICATE = re.compile(r'Detected duplicate key (".*") at (line \d+ )(column \d+)$', re.DOTALL)
 # Only a body that has one of these can hold a NUL character or a number that no double can hold.
 SUSPECT = re.compile(rb"\\u0000|\d[eE]|\d{300}")
 
@@ -50,9 +50,7 @@ class StrictRequest(Request):
 
     def _read_object(self) -> dict[str, Any]:
         self._check_headers()
-        raw = self._read(service().settings.max_json_bytes)
-        with _large_body if len(raw) > ONE_AT_A_TIME_BYTES else nullcontext():
-            return parse_object(raw)
+        return parse_body(self._read(service().settings.max_json_bytes))
 
     def _check_headers(self) -> None:
         charset = self.mimetype_params.get("charset", "utf-8").lower()
@@ -78,6 +76,36 @@ class StrictRequest(Request):
         return b"".join(pieces)
 
 
+def parse_body(raw: bytes) -> dict[str, Any]:
+    """`parse_object`, of large ones one at a time."""
+    with _large_body if len(raw) > ONE_AT_A_TIME_BYTES else nullcontext():
+        return parse_object(raw)
+
+
+def parse_line(raw: bytes, line: int) -> Any:
+    """The JSON value in one line of a file; raises like `parse_json`, and tells the line."""
+    try:
+        with _large_body if len(raw) > ONE_AT_A_TIME_BYTES else nullcontext():
+            return parse_json(raw, f"Line {line}", line=line)
+    except BadRequest as error:
+        if _is_broken_utf8(raw):
+            raise not_utf8(line) from error
+        raise
+
+
+def not_utf8(line: int) -> BadRequest:
+    """The line of a file is in some other encoding."""
+    return BadRequest(f"Line {line} is not UTF-8: save the file as UTF-8.")
+
+
+def _is_broken_utf8(raw: bytes) -> bool:
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return True
+    return False
+
+
 def parse_object(raw: bytes) -> dict[str, Any]:
     """The JSON object in `raw`; raises like `parse_json`, and Invalid for anything but an object."""
     value = parse_json(raw)
@@ -86,31 +114,37 @@ def parse_object(raw: bytes) -> dict[str, Any]:
     return value
 
 
-def parse_json(raw: bytes) -> Any:
+def parse_json(raw: bytes, what: str = "The body", *, line: int | None = None) -> Any:
     """The JSON value in `raw`, UTF-8 without BOM.
+
+    Args:
+        what: how messages call it.
+        line: where it stands in a file; it is one line then.
 
     Raises:
         BadRequest: not JSON, nested deeper than 200, with a NUL character, or a number beyond a double's.
         Invalid: a name given twice in one object, such as a task's id.
     """
     if not raw.strip():
-        raise BadRequest("The body is empty: send a JSON object.")
+        raise BadRequest(f"{what} is empty: send a JSON object.")
     try:
         value = jiter.from_json(raw, allow_inf_nan=False, cache_mode="keys", catch_duplicate_keys=True)
     except ValueError as error:
-        _explain(str(error))
+        _explain(str(error), what, line)
     if SUSPECT.search(raw):
-        _refuse_unusable(value)
+        _refuse_unusable(value, what)
     return value
 
 
-def _explain(message: str) -> NoReturn:
+def _explain(message: str, what: str, line: int | None) -> NoReturn:
     duplicate = DUPLICATE.fullmatch(message)
     if duplicate is not None:
-        raise Invalid(FieldError((_unquoted(duplicate[1]),), f"given twice, again at {duplicate[2]}"))
+        where = duplicate[2] + duplicate[3] if line is None else duplicate[3]
+        loc = () if line is None else ("line", line)
+        raise Invalid(FieldError((*loc, _unquoted(duplicate[1])), f"given twice, again at {where}"))
     place = PLACE.search(message)
-    where = f" at {place[1]}" if place else ""
-    raise BadRequest(f"The body is not valid JSON{where}.")
+    where = "" if place is None else " at " + (place[1] + place[2] if line is None else place[2])
+    raise BadRequest(f"{what} is not valid JSON{where}.")
 
 
 def _unquoted(name: str) -> str:
@@ -121,7 +155,7 @@ def _unquoted(name: str) -> str:
         return name[1:-1]
 
 
-def _refuse_unusable(value: Any) -> None:
+def _refuse_unusable(value: Any, what: str) -> None:
     left = [value]
     while left:
         item = left.pop()
@@ -132,9 +166,9 @@ def _refuse_unusable(value: Any) -> None:
             left.extend(item)
         elif isinstance(item, str):
             if "\0" in item:
-                raise BadRequest("The body holds a NUL character (\\u0000), which can't be stored.")
+                raise BadRequest(f"{what} holds a NUL character (\\u0000), which can't be stored.")
         elif isinstance(item, int | float) and abs(item) > LARGEST:
-            raise BadRequest("The body holds a number that is too large.")
+            raise BadRequest(f"{what} holds a number that is too large.")
 
 
 def _too_large(max_bytes: int) -> TooLarge:

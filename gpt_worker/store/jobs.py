@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import CursorResult, delete, exists, select, update
+from sqlalchemy import CursorResult, delete, exists, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from gpt_worker.domain import HIDDEN, UNFINISHED, Caller, JobStatus, Usage
+from gpt_worker.domain import HIDDEN, UNFINISHED, VISIBLE, Caller, JobStatus, Usage
 from gpt_worker.models import DeliveryRow, IdempotencyRow, JobRow, TaskRow, UserRow
 
 
@@ -27,6 +27,16 @@ class JobProgress:
         self.requests += calls
         self.prompt_tokens += usage.prompt_tokens
         self.completion_tokens += usage.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class StatusCount:
+    """How many jobs stand somewhere, and what is decided of their tasks."""
+
+    jobs: int = 0
+    answered: int = 0
+    failed: int = 0
+    pending: int = 0
 
 
 def add_job(session: Session, job: JobRow) -> None:
@@ -75,6 +85,26 @@ def open_jobs(session: Session) -> Sequence[JobRow]:
         .where(JobRow.status.in_((*UNFINISHED, JobStatus.CANCELLED)), JobRow.finished_at.is_(None))
         .order_by(JobRow.id)
     ).all()
+
+
+def count_by_status(session: Session) -> dict[JobStatus, StatusCount]:
+    """Jobs and their tasks by the job's status, which are all there; from the jobs' own counts, no task is read."""
+    counts = dict.fromkeys(VISIBLE, StatusCount())
+    rows = session.execute(
+        select(
+            JobRow.status,
+            func.count(),
+            func.sum(JobRow.total),
+            func.sum(JobRow.answered),
+            func.sum(JobRow.failed),
+        ).group_by(JobRow.status)
+    )
+    for status, jobs, total, answered, failed in rows:
+        if status in counts:
+            counts[JobStatus(status)] = StatusCount(
+                jobs, int(answered), int(failed), int(total - answered - failed)
+            )
+    return counts
 
 
 def queue(session: Session, job_id: str, total: int, results_bytes: int) -> None:
@@ -151,8 +181,9 @@ def reopen(job: JobRow, reopened: int, deadline_at: datetime) -> None:
 
 
 def discard(session: Session, job_id: str) -> None:
-    """Hide a job for good; its rows are deleted in slices afterwards."""
+    """Hide a job for good and free its Idempotency-Key; its rows are deleted in slices afterwards."""
     session.execute(update(JobRow).where(JobRow.id == job_id).values(status=JobStatus.DISCARDED))
+    session.execute(delete(IdempotencyRow).where(IdempotencyRow.job_id == job_id))
 
 
 def discard_half_received(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""The README's five minutes, word by word: `make run` in a clone with no key, then its curl lines, on the real model."""
+"""The README's five minutes, word by word: `make run` in a clone with no key, then its curl lines."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -115,7 +116,7 @@ def test_readme_lines_give_real_answers_inline_and_by_webhook(newcomer: Newcomer
     assert delivery["attempts"][0]["status_code"] == 200
 
 
-def _await_delivered(newcomer: Newcomer, command: str, token: str) -> dict[str, object]:
+def _await_delivered(newcomer: Newcomer, command: str, token: str) -> dict[str, Any]:
     deadline_s = time.monotonic() + DELIVERED_S
     while time.monotonic() < deadline_s:
         found = json.loads(newcomer.run(command, TOKEN=token))["data"]

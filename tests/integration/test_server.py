@@ -317,3 +317,11 @@ def test_broken_chunk_is_the_clients_fault(shared: Service) -> None:
     reply = exchange(shared, head + b"Transfer-Encoding: chunked\r\n\r\nnot-a-size\r\n{}\r\n0\r\n\r\n")
 
     assert_problem(reply, 400)
+
+
+def test_a_client_refused_with_much_unsent_is_told_that_the_connection_closes(shared: Service) -> None:
+    refused = shared.post("/jobs", shared.admin, data=b"x" * (1 << 20), headers={"Content-Type": "image/png"})
+    small = shared.post("/jobs", shared.admin, data=b"x" * 100, headers={"Content-Type": "image/png"})
+
+    assert (refused.status_code, refused.headers["Connection"]) == (415, "close")
+    assert (small.status_code, small.headers["Connection"]) == (415, "keep-alive")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config import SettingsError
-from gpt_worker.ownership import DataDirBusy, DataDirLock
+from gpt_worker.ownership import DataDirBusy, DataDirLock, is_still_owner
 
 
 def test_lock_makes_a_private_data_dir(tmp_path: Path) -> None:
@@ -118,3 +118,17 @@ def test_data_dir_that_is_a_file_is_a_settings_error(tmp_path: Path) -> None:
 
     with pytest.raises(SettingsError, match="DATA_DIR can't be used"):
         DataDirLock(path).acquire(wait_s=0)
+
+
+def test_owner_notices_that_its_lock_file_is_gone_or_another_s(tmp_path: Path) -> None:
+    lock = DataDirLock(tmp_path)
+    lock.acquire(0)
+    owned_at_first = is_still_owner(tmp_path)
+
+    (tmp_path / "lock").write_text("1\n")
+    owned_with_another_s_name = is_still_owner(tmp_path)
+    (tmp_path / "lock").unlink()
+    owned_without_file = is_still_owner(tmp_path)
+
+    lock.release()
+    assert (owned_at_first, owned_with_another_s_name, owned_without_file) == (True, False, False)

@@ -1,0 +1,213 @@
+"""The tasks of an uploaded file, read one by one: JSONL or CSV, a line or a row a task.
+
+Every error tells the line, and tasks are made only as they are asked for, so a file of any size takes little memory.
+"""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from werkzeug.exceptions import BadRequest
+
+from gpt_worker.api.file_lines import FileLines, LineTooLong, at_line
+from gpt_worker.api.job_body import TASK_FORMS, TaskReader, check_id
+from gpt_worker.api.parsing import not_utf8, parse_line
+from gpt_worker.api.seen_ids import SeenIds
+from gpt_worker.domain import JobSettings, NewTask
+from gpt_worker.errors import Invalid, TooLarge
+from gpt_worker.gpt import template_parts
+
+DELIMITERS = ",;\t"  # when a header has as many of one as of another, the first counts
+QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+Row = tuple[int, dict[str, Any]]
+"""A line's number, and what it says: an "id" if it has one, and one of TASK_FORMS."""
+
+
+def jsonl_tasks(
+    pieces: Iterable[bytes], settings: JobSettings, max_line_bytes: int, max_tasks: int
+) -> Iterator[NewTask]:
+    """A task a line: `{"id"?, "text" | "messages" | "vars"}`. Blank lines are passed over, and so is a BOM.
+
+    Raises:
+        BadRequest: a line is not JSON.
+        Invalid: a line is no task, an id comes twice, or there is no task.
+        TooLarge: too many tasks, or too long a line.
+    """
+    lines = FileLines(pieces, max_line_bytes, blank=b" \t\r\n")
+    return _tasks(_jsonl_rows(lines), settings, max_tasks)
+
+
+def csv_tasks(
+    pieces: Iterable[bytes], settings: JobSettings, max_row_bytes: int, max_tasks: int
+) -> Iterator[NewTask]:
+    """A task a row: the cell under `text`, or with a template every cell as a variable; the id is that under `id`.
+
+    Raises:
+        BadRequest: not CSV, or not in UTF-8.
+        Invalid: a column is missing, a row has more or fewer cells, an id comes twice, or there is no task.
+        TooLarge: too many tasks, or too long a row.
+    """
+    lines = FileLines(pieces, max_row_bytes, blank=b"\r\n")
+    return _tasks(_csv_rows(lines, settings, max_row_bytes), settings, max_tasks)
+
+
+def _tasks(rows: Iterator[Row], settings: JobSettings, max_tasks: int) -> Iterator[NewTask]:
+    reader = TaskReader(settings)
+    seen = SeenIds()
+    index = -1
+    for index, (line, said) in enumerate(rows):
+        if index == max_tasks:
+            raise TooLarge(f"a job may have at most {max_tasks} tasks (MAX_TASKS)")
+        try:
+            id_ = check_id(said.pop("id"), ("line", line, "id")) if "id" in said else str(index)
+            if not seen.add(id_):
+                raise Invalid.at(f"the id {id_!r} is given twice", "line", line, "id")
+            task = reader.read(said, id_, ("line", line))
+        except Invalid as error:
+            raise at_line(line, error) from error
+        yield task
+    if index < 0:
+        raise Invalid.at("the file needs at least one task", "file")
+
+
+# JSONL
+
+
+def _jsonl_rows(lines: FileLines) -> Iterator[Row]:
+    while (raw := lines.next(skip_blank=True)) is not None:
+        line = lines.number
+        try:
+            said = parse_line(raw, line)
+            _check_members(said, line)
+        except Invalid as error:
+            raise at_line(line, error) from error
+        yield line, said
+
+
+def _check_members(said: Any, line: int) -> None:
+    if not isinstance(said, dict):
+        raise Invalid.at('must be an object such as {"text": "…"}', "line", line)
+    for name in said:
+        if name not in TASK_FORMS and name != "id":
+            raise Invalid.at("is not known here", "line", line, name)
+    if len(said.keys() - {"id"}) != 1:
+        raise Invalid.at('needs one of "text", "messages" and "vars"', "line", line)
+
+
+# CSV
+
+
+def _csv_rows(lines: FileLines, settings: JobSettings, max_row_bytes: int) -> Iterator[Row]:
+    # The module's own limit on a cell is one for the whole process; a row's limit, which we check, is the smaller.
+    csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
+    feed = _RowFeed(lines, max_row_bytes)
+    delimiter = feed.find_delimiter()
+    if feed.ended:
+        return
+    rows = csv.reader(feed, delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while (cells := _next_row(rows, feed)) is not None:
+        line = feed.first_line
+        try:
+            if header is None:
+                header = [name.strip() for name in cells]
+                _check_header(header, settings, line)
+                continue
+            if len(cells) != len(header):
+                raise Invalid.at(f"has {len(cells)} cells, and the header has {len(header)}", "line", line)
+        except Invalid as error:
+            raise at_line(line, error) from error
+        values = dict(zip(header, cells, strict=True))
+        said: dict[str, Any] = {"text": values["text"]} if settings.template is None else {"vars": values}
+        if "id" in values:
+            said["id"] = values["id"]
+        yield line, said
+
+
+def _next_row(rows: Iterator[list[str]], feed: "_RowFeed") -> list[str] | None:
+    feed.begin_row()
+    try:
+        return next(rows, None)
+    except csv.Error as error:
+        if feed.ended:
+            what = "opens a quote that is never closed"
+        else:
+            what = "is no CSV: a quote inside a quoted cell is written twice, and a line ends with LF or CRLF"
+        raise BadRequest(f"The row that begins on line {feed.first_line} {what}.") from error
+
+
+def _check_header(header: list[str], settings: JobSettings, line: int) -> None:
+    for index, name in enumerate(header):
+        if not name:
+            raise Invalid.at(f"column {index + 1} of the header has no name", "line", line)
+        if name in header[:index]:
+            raise Invalid.at("two columns have this name", "line", line, name)
+    if settings.template is None:
+        if "text" not in header:
+            raise Invalid.at(
+                "this column is missing: without a template it is the task", "line", line, "text"
+            )
+        return
+    for _, variable in template_parts(settings.template):
+        if variable is not None and variable not in header:
+            raise Invalid.at("this column is missing: the template needs it", "line", line, variable)
+
+
+class _RowFeed:
+    """Gives csv.reader the lines of one row after the other, as text, within the limit of a row."""
+
+    def __init__(self, lines: FileLines, max_row_bytes: int) -> None:
+        self.first_line = 1  # of the row
+        self.ended = False
+        self._lines = lines
+        self._max_row_bytes = max_row_bytes
+        self._row_bytes = 0
+        self._header_line: str | None = None
+
+    def find_delimiter(self) -> str:
+        """By the header, which stays to be read."""
+        self._header_line = next(self, "")
+        unquoted = QUOTED.sub("", self._header_line)
+        return max(DELIMITERS, key=unquoted.count)
+
+    def begin_row(self) -> None:
+        if self._header_line is None:
+            self._row_bytes = 0
+
+    def __iter__(self) -> "_RowFeed":
+        return self
+
+    def __next__(self) -> str:
+        if self._header_line is not None:
+            text, self._header_line = self._header_line, None
+            return text
+        begins = self._row_bytes == 0
+        try:
+            # A row goes on where a quoted cell does, and no line without a quote ends that.
+            raw = self._lines.next(skip_blank=True) if begins else self._lines.next_with(b'"')
+        except LineTooLong as error:
+            raise self._too_long() from error
+        if raw is None:
+            self.ended = True
+            raise StopIteration
+        line = self._lines.number
+        if begins:
+            self.first_line = line
+        self._row_bytes += len(raw)
+        if self._row_bytes > self._max_row_bytes:
+            raise self._too_long()
+        if b"\0" in raw:
+            raise BadRequest(f"Line {line} holds a NUL character, which can't be stored.")
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise not_utf8(line) from error
+
+    def _too_long(self) -> TooLarge:
+        line = self.first_line if self._row_bytes else self._lines.number + 1
+        return TooLarge(
+            f"The row that begins on line {line} has more than {self._max_row_bytes} bytes "
+            "(MAX_JSON_BYTES): is a quote not closed?"
+        )

@@ -1,0 +1,76 @@
+"""Running services for the integration tests: one that a module shares, and a factory for those of their own.
+
+A test gets the shared ones as it would find them fresh: no faults, no calls, the modes of a new service.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.receiver import Receiver
+from tests.service import Env, Service
+from tests.upstream import KeyRules, Upstream
+
+
+@pytest.fixture(scope="module")
+def shared_upstream() -> Iterator[Upstream]:
+    """The fake OpenAI of a module; a module with keys of its own overrides it."""
+    with Upstream() as upstream:
+        yield upstream
+
+
+@pytest.fixture(scope="module")
+def shared_env() -> Env:
+    """Settings of the module's service, beside the usual ones."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def shared_service(
+    tmp_path_factory: pytest.TempPathFactory, shared_upstream: Upstream, shared_env: Env
+) -> Iterator[Service]:
+    with Service(tmp_path_factory.mktemp("shared"), shared_env, shared_upstream) as service:
+        assert service.admin
+        yield service
+
+
+@pytest.fixture
+def upstream(shared_upstream: Upstream) -> Iterator[Upstream]:
+    """The module's fake OpenAI without a past; what hangs at the end of a test is let go."""
+    shared_upstream.reset()
+    yield shared_upstream
+    shared_upstream.clear_faults()
+    shared_upstream.release()
+
+
+@pytest.fixture
+def service(shared_service: Service, upstream: Upstream) -> Iterator[Service]:
+    """The module's service; its modes are put back after the test."""
+    yield shared_service
+    modes = {"delivery": "inline", "registration": False, "auth": True}
+    if shared_service.get("/settings", shared_service.admin).json() != modes:
+        reply = shared_service.patch("/settings", shared_service.admin, json=modes)
+        assert reply.status_code == 200, reply.text
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Service, Upstream]]]:
+    """`start(keys, env, **server)` → a service and a fake OpenAI of the test's own; both end with it."""
+    with ExitStack() as stack:
+
+        def start(
+            keys: Mapping[str, KeyRules] | None = None, env: Env | None = None, **server: Any
+        ) -> tuple[Service, Upstream]:
+            upstream = stack.enter_context(Upstream(keys, **server))
+            return stack.enter_context(Service(tmp_path, env, upstream)), upstream
+
+        yield start
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as receiver:
+        yield receiver

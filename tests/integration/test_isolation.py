@@ -1,0 +1,344 @@
+"""Who sees what: users apart from each other, admins, and the anonymous user of a closed network."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import requests
+
+from tests.receiver import Receiver
+from tests.service import PASSWORD, Env, Service
+from tests.upstream import Fault, FaultKind, Upstream
+
+ADA = "ada@example.org"
+BOB = "bob@example.org"
+
+
+@pytest.fixture(scope="module")
+def hook() -> Iterator[Receiver]:
+    with Receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def shared_env(hook: Receiver) -> Env:
+    return {"REQUEST_API": hook.url}
+
+
+@pytest.fixture(scope="module")
+def ada(shared_service: Service) -> str:
+    return shared_service.user(ADA)
+
+
+@pytest.fixture(scope="module")
+def bob(shared_service: Service) -> str:
+    return shared_service.user(BOB)
+
+
+@pytest.fixture(scope="module")
+def adas_job(shared_service: Service, ada: str, hook: Receiver) -> dict[str, Any]:
+    """A finished job of Ada's that was delivered by webhook."""
+    job_id = shared_service.submit({"secret": "Ada's own"}, {"delivery": "webhook"}, ada).json()["id"]
+    shared_service.wait_finished(job_id)
+    hook.wait_for(1)
+    return shared_service.job(job_id, ada)
+
+
+def delivery_of(service: Service, token: str, job_id: str) -> str:
+    (delivery,) = service.get(f"/deliveries?job_id={job_id}", token).json()["data"]
+    return str(delivery["id"])
+
+
+def ids(reply: requests.Response) -> list[str]:
+    assert reply.status_code == 200, reply.text
+    return [item["id"] for item in reply.json()["data"]]
+
+
+def without_auth(service: Service) -> None:
+    assert service.patch("/settings", service.admin, json={"auth": False}).status_code == 200
+
+
+# Users
+
+
+def test_another_users_job_is_a_404_on_every_route(
+    service: Service, bob: str, adas_job: dict[str, Any]
+) -> None:
+    path = f"/jobs/{adas_job['id']}"
+    replies = [
+        service.get(path, bob),
+        service.get(f"{path}?results=false", bob),
+        service.get(f"{path}/results", bob),
+        service.get(f"{path}/results?format=csv", bob),
+        service.delete(path, bob),
+        service.delete(f"{path}?purge=true", bob),
+        service.post(f"{path}/retry", bob),
+    ]
+
+    assert [reply.status_code for reply in replies] == [404] * len(replies)
+    assert not any("Ada" in reply.text or ADA in reply.text for reply in replies)
+
+
+def test_another_users_job_answers_as_one_that_is_not_there(
+    service: Service, bob: str, adas_job: dict[str, Any]
+) -> None:
+    there, nowhere = (
+        service.get(f"/jobs/{job_id}", bob).json() | {"request_id": ""}
+        for job_id in (adas_job["id"], "0" * 32)
+    )
+
+    assert there == nowhere
+
+
+def test_another_user_changes_nothing(service: Service, ada: str, bob: str, adas_job: dict[str, Any]) -> None:
+    service.delete(f"/jobs/{adas_job['id']}", bob)
+    service.delete(f"/jobs/{adas_job['id']}?purge=true", bob)
+
+    assert service.job(adas_job["id"], ada) == adas_job
+
+
+def test_another_user_cannot_cancel_a_running_job(
+    service: Service, upstream: Upstream, ada: str, bob: str
+) -> None:
+    upstream.add_fault(Fault(kind=FaultKind.HANG))
+    job_id = service.submit(["slow"], token=ada, prefer="respond-async").json()["id"]
+    upstream.wait_for_in_flight(1)
+
+    assert service.delete(f"/jobs/{job_id}", bob).status_code == 404
+
+    upstream.release()
+    assert service.wait_finished(job_id, token=ada)["status"] == "succeeded"
+
+
+def test_lists_hold_ones_own_alone(service: Service, ada: str, bob: str, adas_job: dict[str, Any]) -> None:
+    bobs = service.submit(["Bob's own"], token=bob).json()["id"]
+
+    assert adas_job["id"] in ids(service.get("/jobs?limit=100", ada))
+    assert bobs not in ids(service.get("/jobs?limit=100", ada))
+    assert bobs in ids(service.get("/jobs?limit=100", bob))
+    assert adas_job["id"] not in ids(service.get("/jobs?limit=100", bob))
+
+
+def test_anothers_cursor_tells_nothing(service: Service, bob: str, adas_job: dict[str, Any]) -> None:
+    own = set(ids(service.get("/jobs?limit=100", bob)))
+
+    page = ids(service.get(f"/jobs?limit=100&cursor={adas_job['id']}", bob))
+
+    assert set(page) <= own
+
+
+def test_deliveries_are_their_owners(service: Service, ada: str, bob: str, adas_job: dict[str, Any]) -> None:
+    delivery_id = delivery_of(service, ada, adas_job["id"])
+
+    assert service.get(f"/deliveries/{delivery_id}", ada).status_code == 200
+    assert service.get(f"/deliveries/{delivery_id}", bob).status_code == 404
+    assert service.post(f"/deliveries/{delivery_id}/redeliver", bob).status_code == 404
+    assert ids(service.get("/deliveries", bob)) == []
+    assert ids(service.get(f"/deliveries?job_id={adas_job['id']}", bob)) == []
+
+
+def test_tokens_are_their_owners(service: Service, ada: str, bob: str) -> None:
+    made = service.post("/tokens", ada, json={"name": "script"}).json()
+
+    assert service.get("/jobs", made["token"]).status_code == 200
+    assert ids(service.get("/tokens", bob)) == []
+    assert service.delete(f"/tokens/{made['id']}", bob).status_code == 404
+    assert service.get("/jobs", made["token"]).status_code == 200
+    assert service.delete(f"/tokens/{made['id']}", ada).status_code == 204
+    assert service.get("/jobs", made["token"]).status_code == 401
+
+
+# Admins
+
+
+def test_admin_reads_any_job_by_its_id(service: Service, adas_job: dict[str, Any]) -> None:
+    job = service.job(adas_job["id"], service.admin)
+
+    assert job == adas_job
+    assert job["owner"] == ADA
+    assert service.get(f"/jobs/{job['id']}/results", service.admin).status_code == 200
+
+
+def test_admins_list_is_their_own_unless_all_are_asked_for(
+    service: Service, adas_job: dict[str, Any]
+) -> None:
+    own = ids(service.get("/jobs?limit=100", service.admin))
+    everyones = ids(service.get("/jobs?limit=100&all=true", service.admin))
+
+    assert adas_job["id"] not in own
+    assert adas_job["id"] in everyones
+
+
+def test_admins_deliveries_are_their_own_unless_all_are_asked_for(
+    service: Service, ada: str, adas_job: dict[str, Any]
+) -> None:
+    delivery_id = delivery_of(service, ada, adas_job["id"])
+
+    assert delivery_id not in ids(service.get("/deliveries", service.admin))
+    assert delivery_id in ids(service.get("/deliveries?all=true", service.admin))
+
+
+@pytest.mark.parametrize("path", ["/jobs?all=true", "/deliveries?all=true"])
+def test_user_may_not_list_everyones(service: Service, bob: str, path: str) -> None:
+    assert service.get(path, bob).status_code == 403
+
+
+ADMINS_ALONE = [
+    ("GET", "/users", None),
+    ("PATCH", f"/users/{'0' * 32}", {"role": "admin"}),
+    ("DELETE", f"/users/{'0' * 32}", None),
+    ("PATCH", "/settings", {"auth": False}),
+    ("GET", "/webhooks/secret", None),
+    ("GET", "/keys", None),
+    ("POST", "/keys/0/check", None),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ADMINS_ALONE)
+def test_admin_actions_are_refused_to_users_and_strangers(
+    service: Service, bob: str, method: str, path: str, body: Any
+) -> None:
+    by_user = service.request(method, path, bob, json=body)
+    by_stranger = service.request(method, path, json=body)
+
+    assert (by_user.status_code, by_stranger.status_code) == (403, 401)
+
+
+# Strangers
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/jobs"),
+        ("POST", "/jobs"),
+        ("POST", "/task"),
+        ("GET", f"/jobs/{'0' * 32}"),
+        ("GET", f"/jobs/{'0' * 32}/results"),
+        ("DELETE", f"/jobs/{'0' * 32}"),
+        ("POST", f"/jobs/{'0' * 32}/retry"),
+        ("GET", "/settings"),
+        ("GET", "/deliveries"),
+        ("GET", "/me"),
+        ("GET", "/tokens"),
+        ("POST", "/logout"),
+        ("POST", "/webhooks/test"),
+        ("POST", "/"),
+    ],
+)
+def test_stranger_gets_a_401(service: Service, method: str, path: str) -> None:
+    reply = service.request(method, path, json={"data": ["a"]} if method == "POST" else None)
+
+    assert reply.status_code == 401
+    assert reply.headers["WWW-Authenticate"].startswith("Bearer")
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_health_is_for_everybody(service: Service, path: str) -> None:
+    assert service.get(path).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "query", ["signature=x", "signature=", "expires=9999999999&signature=abc", "expires=x&signature=%00"]
+)
+def test_made_up_link_opens_nothing(service: Service, adas_job: dict[str, Any], query: str) -> None:
+    reply = service.get(f"/jobs/{adas_job['id']}/results?format=jsonl&{query}")
+
+    assert reply.status_code in (401, 403)
+    assert "Ada" not in reply.text
+
+
+# Without tokens
+
+
+def test_anonymous_user_works_with_ownerless_jobs(
+    service: Service, ada: str, adas_job: dict[str, Any]
+) -> None:
+    without_auth(service)
+
+    job = service.submit({"a": "hello"}, token=None).json()
+
+    assert (job["owner"], job["results"]) == (None, {"a": "answer to: hello"})
+    assert service.job(job["id"], None) == job
+    assert service.get(f"/jobs/{job['id']}/results").status_code == 200
+    assert service.post("/task", json={"data": ["x"]}).status_code == 200
+    listed = ids(service.get("/jobs?limit=100"))
+    assert job["id"] in listed
+    assert adas_job["id"] not in listed
+    assert service.get(f"/jobs/{adas_job['id']}").status_code == 404
+    assert service.get(f"/jobs/{job['id']}", ada).status_code == 404
+    assert service.delete(f"/jobs/{job['id']}?purge=true").status_code == 204
+
+
+def test_anonymous_user_reads_the_modes_and_changes_none(service: Service) -> None:
+    without_auth(service)
+
+    assert service.get("/settings").json()["auth"] is False
+    assert service.patch("/settings", json={"auth": True}).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/users"),
+        ("GET", "/keys"),
+        ("GET", "/webhooks/secret"),
+        ("POST", "/webhooks/test"),
+        ("GET", "/me"),
+        ("GET", "/tokens"),
+        ("POST", "/tokens"),
+        ("GET", "/deliveries"),
+        ("GET", f"/deliveries/{'0' * 32}"),
+        ("POST", f"/deliveries/{'0' * 32}/redeliver"),
+        ("POST", "/"),
+    ],
+)
+def test_anonymous_user_may_use_jobs_alone(service: Service, method: str, path: str) -> None:
+    without_auth(service)
+
+    assert service.request(method, path).status_code == 401
+
+
+def test_anonymous_user_may_not_list_everyones_jobs(service: Service) -> None:
+    without_auth(service)
+
+    assert service.get("/jobs?all=true").status_code in (401, 403)
+
+
+def test_good_token_counts_and_a_bad_one_is_refused_also_without_auth(service: Service, ada: str) -> None:
+    without_auth(service)
+
+    mine = service.submit(["hello"], token=ada).json()
+
+    assert mine["owner"] == ADA
+    assert service.get(f"/jobs/{mine['id']}").status_code == 404
+    for bad in ("nonsense", "a.b.c", ada[:-4] + "AAAA"):
+        assert service.get("/jobs", bad).status_code == 401
+        assert service.submit(["hello"], token=bad).status_code == 401
+        assert service.get("/settings", bad).status_code == 401
+
+
+def test_ownerless_jobs_are_the_admins_once_auth_is_back(service: Service, ada: str) -> None:
+    without_auth(service)
+    job_id = service.submit(["hello"], token=None).json()["id"]
+
+    service.patch("/settings", service.admin, json={"auth": True})
+
+    assert service.get(f"/jobs/{job_id}").status_code == 401
+    assert service.get(f"/jobs/{job_id}", ada).status_code == 404
+    assert service.job(job_id, service.admin)["owner"] is None
+    assert job_id in ids(service.get("/jobs?limit=100&all=true", service.admin))
+
+
+# Registration
+
+
+def test_registration_is_off_until_an_admin_turns_it_on(service: Service) -> None:
+    body = {"email": "eve@example.org", "password": PASSWORD}
+
+    closed = service.post("/register", json=body)
+    service.patch("/settings", service.admin, json={"registration": True})
+    opened = service.post("/register", json=body)
+
+    assert (closed.status_code, opened.status_code) == (403, 201)
+    assert opened.json()["user"]["role"] == "user"

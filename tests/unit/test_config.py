@@ -1,0 +1,270 @@
+"""Settings: what they default to, which are refused, and that a refusal names the key and shows no secret."""
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from config import DEFAULT_MODEL, OPENAI_BASE_URL, Settings, SettingsError, deprecated_models, derive
+
+SECRET = "sk-very-secret-0123456789-abcdefghij-klmnop"
+OTHER = "sk-other-secret-9876543210"
+APP_KEY = "a-secret-of-more-than-thirty-two-characters"
+
+
+@pytest.fixture
+def env(tmp_path: Path) -> dict[str, str]:
+    """A good one, of which a test breaks one thing."""
+    return {
+        "DATA_DIR": str(tmp_path / "data"),
+        "APP_KEY": APP_KEY,
+        "GPT_KEY_0": SECRET,
+        "GPT_KEY_1": OTHER,
+    }
+
+
+def read(env: dict[str, str], tmp_path: Path, dotenv: str | None = None) -> Settings:
+    path = tmp_path / ".env"
+    if dotenv is not None:
+        path.write_text(dotenv, "utf-8")
+    return Settings.from_env(env, path)
+
+
+def refusal(env: dict[str, str], tmp_path: Path, dotenv: str | None = None) -> str:
+    with pytest.raises(SettingsError) as caught:
+        read(env, tmp_path, dotenv)
+    return str(caught.value)
+
+
+def test_defaults_are_those_of_the_contract(env: dict[str, str], tmp_path: Path) -> None:
+    settings = read(env, tmp_path)
+
+    assert (settings.environment, settings.host, settings.port) == ("development", "0.0.0.0", 3333)
+    assert (settings.threads_per_key, settings.call_deadline_s, settings.inline_wait_s) == (64, 300, 300)
+    assert (settings.max_json_bytes, settings.max_upload_bytes) == (16 << 20, 1 << 30)
+    assert (settings.max_tasks, settings.retain_days, settings.model) == (2_000_000, 30, DEFAULT_MODEL)
+    assert settings.request_api == settings.public_url == "http://127.0.0.1:3333"
+    assert settings.database_url == f"sqlite:///{tmp_path}/data/gpt-worker.sqlite3"
+    assert [key.base_url for key in settings.api_keys] == [OPENAI_BASE_URL] * 2
+    assert not settings.embedded
+
+
+def test_default_addresses_follow_the_port(env: dict[str, str], tmp_path: Path) -> None:
+    settings = read({**env, "PORT": "8080"}, tmp_path)
+
+    assert settings.request_api == settings.public_url == "http://127.0.0.1:8080"
+
+
+def test_default_model_is_not_deprecated() -> None:
+    assert "gpt-4o" in deprecated_models()
+    assert DEFAULT_MODEL not in deprecated_models()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "key"),
+    [
+        ("PORT", "0", "PORT"),
+        ("PORT", "65536", "PORT"),
+        ("PORT", "80a", "PORT"),
+        ("PORT", "٣٣٣٣", "PORT"),
+        ("PORT", "9" * 5000, "PORT"),
+        ("NODE_ENV", "prod", "NODE_ENV"),
+        ("APP_ENV", "prod", "APP_ENV"),
+        ("APP_KEY", "short", "APP_KEY"),
+        ("APP_KEY", "x" * 31, "APP_KEY"),
+        ("APP_KEY", "x" * 40 + "\udcff", "APP_KEY"),
+        ("GPT_KEY_1", "", "GPT_KEY_1"),
+        ("GPT_KEY_1", SECRET, "GPT_KEY_1"),
+        ("GPT_KEY_1", "sk-with space", "GPT_KEY_1"),
+        ("GPT_KEY_1", "sk-…", "GPT_KEY_1"),
+        ("GPT_KEY_3", "sk-three", "GPT_KEY_2"),
+        ("GPT_KEY_X", "sk-x", "GPT_KEY_X"),
+        ("GPT_KEY_02", "sk-two", "GPT_KEY_02"),
+        ("GPT_KEY_²", "sk-two", "GPT_KEY_²"),
+        ("GPT_KEY_9999999", "sk-many", "GPT_KEY_9999999"),
+        ("GPT_BASE_URL", "ftp://example.org", "GPT_BASE_URL"),
+        ("GPT_BASE_URL", "example.org/v1", "GPT_BASE_URL"),
+        ("GPT_BASE_URL_0", "http://", "GPT_BASE_URL_0"),
+        ("GPT_BASE_URL_2", "http://example.org", "GPT_BASE_URL_2"),
+        ("GPT_BASE_URL_00", "http://example.org", "GPT_BASE_URL_00"),
+        ("GPT_BASE_URL_X", "http://example.org", "GPT_BASE_URL_X"),
+        ("GPT_MODEL", "gpt-4o", "GPT_MODEL"),
+        ("GPT_THREADS_PER_KEY", "0", "GPT_THREADS_PER_KEY"),
+        ("GPT_DEADLINE_S", "0", "GPT_DEADLINE_S"),
+        ("GPT_DEADLINE_S", "nan", "GPT_DEADLINE_S"),
+        ("GPT_DEADLINE_S", "inf", "GPT_DEADLINE_S"),
+        ("INLINE_WAIT_S", "-1", "INLINE_WAIT_S"),
+        ("MAX_JSON_BYTES", "0", "MAX_JSON_BYTES"),
+        ("MAX_JSON_BYTES", "16MB", "MAX_JSON_BYTES"),
+        ("MAX_UPLOAD_BYTES", "2000GiB", "MAX_UPLOAD_BYTES"),
+        ("MAX_TASKS", "0", "MAX_TASKS"),
+        ("RETAIN_DAYS", "-1", "RETAIN_DAYS"),
+        ("REQUEST_API", "http://example.org:99999", "REQUEST_API"),
+        ("REQUEST_API", "http://[::1", "REQUEST_API"),
+        ("REQUEST_API", "http://exa mple.org", "REQUEST_API"),
+        ("PUBLIC_URL", "https://example.org/?a=b", "PUBLIC_URL"),
+        ("PUBLIC_URL", "https://example.org/?", "PUBLIC_URL"),
+        ("PUBLIC_URL", "https://example.org/#", "PUBLIC_URL"),
+        ("GPT_BASE_URL", "https://me:secret@example.org/v1", "GPT_BASE_URL"),
+        ("DATA_DIR", "/tmp/what?", "DATA_DIR"),
+        ("WEBHOOK_SECRET", "hunter2", "WEBHOOK_SECRET"),
+        ("WEBHOOK_SECRET", "whsec_tooshort", "WEBHOOK_SECRET"),
+        ("WEBHOOK_SECRET", "whsec_" + "?" * 40, "WEBHOOK_SECRET"),
+        ("DB_CONNECTION", "mysql", "DB_CONNECTION"),
+        ("DATABASE_URL", f"postgresql://me:{SECRET}@db/jobs", "DATABASE_URL"),
+        ("DATABASE_URL", "sqlite:///:memory:", "DATABASE_URL"),
+        ("DATABASE_URL", "sqlite://", "DATABASE_URL"),
+        ("DRIVE_DISK", "s3", "DRIVE_DISK"),
+        ("ADMIN_EMAIL", "ada@example.org", "ADMIN_EMAIL"),
+        ("ADMIN_PASSWORD", "long enough for this", "ADMIN_PASSWORD"),
+    ],
+)
+def test_bad_setting_is_named_in_one_line_without_a_secret(
+    env: dict[str, str], tmp_path: Path, name: str, value: str, key: str
+) -> None:
+    message = refusal({**env, name: value}, tmp_path)
+
+    assert key in message
+    assert "\n" not in message
+    assert not any(secret in message for secret in (SECRET, OTHER, APP_KEY, "hunter2"))
+    assert len(value) < 10 or value not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"GPT_KEY_0": ""}, "GPT_KEY_0"),
+        ({"GPT_KEY_0": "", "GPT_KEY_1": "", "GPT_KEY_00": "sk-a", "GPT_KEY_01": "sk-b"}, "GPT_KEY_00"),
+        ({"NODE_ENV": "test", "APP_ENV": "production"}, "APP_ENV"),
+        ({"NODE_ENV": "production", "APP_KEY": ""}, "APP_KEY"),
+        ({"NODE_ENV": "production", "GPT_KEY_0": "", "GPT_KEY_1": ""}, "GPT_KEY_0"),
+        ({"ADMIN_EMAIL": "ada", "ADMIN_PASSWORD": "long enough for this"}, "ADMIN_EMAIL"),
+        ({"ADMIN_EMAIL": "ada@example.org", "ADMIN_PASSWORD": "too short"}, "ADMIN_PASSWORD"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_named(
+    env: dict[str, str], tmp_path: Path, changes: dict[str, str], key: str
+) -> None:
+    assert key in refusal({**env, **changes}, tmp_path)
+
+
+def test_every_key_may_have_an_endpoint_of_its_own(env: dict[str, str], tmp_path: Path) -> None:
+    env |= {"GPT_BASE_URL": "http://one.example/v1/", "GPT_BASE_URL_1": "http://two.example/v1"}
+
+    keys = read(env, tmp_path).api_keys
+
+    assert [key.base_url for key in keys] == ["http://one.example/v1", "http://two.example/v1"]
+
+
+def test_ten_keys_are_in_the_order_of_their_numbers(env: dict[str, str], tmp_path: Path) -> None:
+    keys = {f"GPT_KEY_{number}": f"sk-{number}" for number in reversed(range(11))}
+
+    settings = read({**env, **keys}, tmp_path)
+
+    assert [key.secret for key in settings.api_keys] == [f"sk-{number}" for number in range(11)]
+
+
+def test_no_key_means_the_embedded_model(env: dict[str, str], tmp_path: Path) -> None:
+    assert read({**env, "GPT_KEY_0": "", "GPT_KEY_1": ""}, tmp_path).embedded
+
+
+def test_environment_wins_over_the_file(env: dict[str, str], tmp_path: Path) -> None:
+    settings = read({**env, "PORT": "4000"}, tmp_path, "PORT=5000\nHOST=127.0.0.1\n")
+
+    assert (settings.port, settings.host) == (4000, "127.0.0.1")
+
+
+@pytest.mark.parametrize("name", ["NODE_ENV", "APP_ENV"])
+def test_environment_wins_over_the_file_by_either_name(
+    env: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    settings = read({**env, name: "production"}, tmp_path, "NODE_ENV=development\n")
+
+    assert settings.production
+
+
+def test_two_names_that_differ_in_the_file_are_refused(env: dict[str, str], tmp_path: Path) -> None:
+    assert "NODE_ENV" in refusal(env, tmp_path, "NODE_ENV=development\nAPP_ENV=production\n")
+
+
+@pytest.mark.parametrize("name", ["NODE_ENV", "APP_ENV"])
+def test_file_is_not_read_in_test(env: dict[str, str], tmp_path: Path, name: str) -> None:
+    settings = read({**env, name: "test"}, tmp_path, "PORT=nonsense\n")
+
+    assert settings.port == 3333
+    assert settings.offline
+
+
+def test_file_takes_dollars_and_hashes_as_they_are(env: dict[str, str], tmp_path: Path) -> None:
+    del env["APP_KEY"]
+
+    settings = read(env, tmp_path, f"APP_KEY='{'x' * 32}${{HOME}}#'\n")
+
+    assert settings.app_key == "x" * 32 + "${HOME}#"
+
+
+def test_file_that_is_not_text_is_refused(env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"PORT=\xff\xfe\n")
+
+    assert ".env" in refusal(env, tmp_path)
+
+
+def test_app_key_is_made_once_and_is_the_owners_alone(env: dict[str, str], tmp_path: Path) -> None:
+    del env["APP_KEY"]
+
+    first, second = read(env, tmp_path), read(env, tmp_path)
+
+    path = tmp_path / "data" / "app-key"
+    assert first.app_key == second.app_key == path.read_text("ascii").strip()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_made_app_key_that_was_cut_is_refused(env: dict[str, str], tmp_path: Path) -> None:
+    del env["APP_KEY"]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "app-key").write_text("cut")
+
+    assert "APP_KEY" in refusal(env, tmp_path)
+
+
+def test_data_dir_that_is_a_file_is_refused(env: dict[str, str], tmp_path: Path) -> None:
+    del env["APP_KEY"]
+    (tmp_path / "data").write_text("")
+
+    assert "DATA_DIR" in refusal(env, tmp_path)
+
+
+def test_webhook_secret_is_derived_from_the_app_key(env: dict[str, str], tmp_path: Path) -> None:
+    secrets = {
+        read({**env, "APP_KEY": key}, tmp_path).webhook_secret for key in (APP_KEY, APP_KEY, APP_KEY[::-1])
+    }
+
+    assert len(secrets) == 2
+    assert all(secret.startswith("whsec_") for secret in secrets)
+
+
+def test_purposes_have_keys_of_their_own() -> None:
+    assert len({derive(APP_KEY, "webhook"), derive(APP_KEY, "link"), derive(APP_KEY[::-1], "link")}) == 3
+
+
+@pytest.mark.parametrize(("text", "size"), [("1", 1), ("2KiB", 2048), ("3 MiB", 3 << 20), ("1GiB", 1 << 30)])
+def test_sizes_take_units(env: dict[str, str], tmp_path: Path, text: str, size: int) -> None:
+    assert read({**env, "MAX_JSON_BYTES": text}, tmp_path).max_json_bytes == size
+
+
+def test_settings_print_without_a_secret(env: dict[str, str], tmp_path: Path) -> None:
+    env |= {"ADMIN_EMAIL": "ada@example.org", "ADMIN_PASSWORD": "correct horse battery"}
+
+    settings = read(env, tmp_path)
+
+    printed = repr(settings) + repr(settings.api_keys)
+    secrets = (SECRET, OTHER, APP_KEY, settings.webhook_secret, "correct horse")
+    assert not any(secret in printed for secret in secrets)
+
+
+def test_process_environment_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_ENV", "test")
+    monkeypatch.setenv("DATA_DIR", str(tmp_path))
+    monkeypatch.setenv("PORT", "4321")
+
+    assert Settings.from_env().port == 4321

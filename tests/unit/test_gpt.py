@@ -1,0 +1,516 @@
+"""The wire: what is sent for a task, and what every kind of reply means."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt_worker.backoff import Problem, ProblemKind
+from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage
+from gpt_worker.gpt import Endpoint, Reply, fill_template, read_reply, request_body, template_parts
+from gpt_worker.transport import (
+    ConnectionStale,
+    DeadlinePassed,
+    RawReply,
+    ReplyTooLarge,
+    Transport,
+    TransportError,
+)
+from tests import factories
+from tests.clock import unhurried
+from tests.factories import MODEL
+
+SECRET = "local-0123456789-secret"
+
+
+def completion(*, content: Any = "Bonjour", **choice: Any) -> dict[str, Any]:
+    """A good reply, of which a test breaks one thing."""
+    message = {"role": "assistant", "content": content, **choice.pop("message", {})}
+    return {
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop", **choice}],
+        "usage": {"prompt_tokens": 12, "completion_tokens": 3, "total_tokens": 15},
+    }
+
+
+def read(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Reply:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return read_reply(factories.raw_reply(status=status, body=data, headers=headers), SECRET)
+
+
+def refusal(*, status: int, headers: dict[str, str] | None = None, **error: Any) -> Problem:
+    """What an error reply means."""
+    result = read({"error": {"message": "", **error}}, status=status, headers=headers).result
+    assert isinstance(result, Problem)
+    return result
+
+
+def sent(prompt: Prompt = "Say hello", *, name: str = "max_tokens", **settings: Any) -> Any:
+    return json.loads(request_body(MODEL, JobSettings(**settings), prompt, name))
+
+
+# What is sent
+
+
+def test_only_what_the_caller_set_is_sent() -> None:
+    assert sent() == {"model": MODEL, "messages": [{"role": "user", "content": "Say hello"}]}
+
+
+def test_everything_the_caller_set_is_sent() -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}
+
+    body = sent(temperature=0.0, max_output_tokens=7, response_format=form, name="max_completion_tokens")
+
+    assert (body["temperature"], body["max_completion_tokens"], body["response_format"]) == (0.0, 7, form)
+
+
+def test_our_own_settings_stay_at_home() -> None:
+    body = sent(max_chunk_tokens=5, priority=3, deadline_s=9.0, max_total_tokens=100, template="{text}!")
+
+    assert body.keys() == {"model", "messages"}
+
+
+def test_instructions_are_the_first_message() -> None:
+    assert sent(instructions="Be brief")["messages"] == [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "Say hello"},
+    ]
+
+
+def test_messages_go_as_they_are_behind_the_instructions() -> None:
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:…"}}]}
+
+    assert sent([image], instructions="Be brief", template="{x}")["messages"][1:] == [image]
+
+
+@pytest.mark.parametrize("prompt", ["good night", {"text": "good night"}])
+def test_template_is_filled_by_a_text_or_by_variables(prompt: Prompt) -> None:
+    assert sent(prompt, template="Translate: {text}")["messages"][0]["content"] == "Translate: good night"
+
+
+def test_any_text_survives() -> None:
+    text = 'à \x00 "quoted" 👋 \u2028 {braces}'
+
+    assert sent(text)["messages"][0]["content"] == text
+
+
+# Templates
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "text"),
+    [
+        ("{a}", {"a": "x"}, "x"),
+        ("{a} {a}{b}", {"a": 1, "b": 2.5}, "1 12.5"),
+        ("{{a}}", {}, "{a}"),
+        ("{{{a}}}", {"a": "x"}, "{x}"),
+        ("{a}", {"a": "{b}"}, "{b}"),
+        ("{a}", {"a": "{{"}, "{{"),
+        ("{first name}", {"first name": "Ada"}, "Ada"),
+        ("{a.b}", {"a.b": "dotted"}, "dotted"),
+        ("{größe}", {"größe": 3}, "3"),
+        ("no variable", {}, "no variable"),
+    ],
+)
+def test_template_is_filled(template: str, variables: dict[str, Any], text: str) -> None:
+    assert fill_template(template, variables) == text
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{", "}", "{}", "{a!r}", "{a:>10}", "{a[0]}", "{a:{b}}", "{ a}", "{a", "{a}}", "{__class__!s}"],
+)
+def test_broken_template_is_refused(template: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011
+        template_parts(template)
+
+
+def test_variables_reach_no_attributes() -> None:
+    with pytest.raises(KeyError):
+        fill_template("{a.__class__}", {"a": "x"})
+
+
+names = st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,8}\Z")
+
+
+@unhurried
+@given(
+    parts=st.lists(st.tuples(st.text(), names), max_size=8),
+    values=st.dictionaries(names, st.text() | st.integers(), max_size=8),
+)
+def test_any_text_can_be_said_in_a_template(
+    parts: list[tuple[str, str]], values: dict[str, str | int]
+) -> None:
+    filled = values | {name: values.get(name, name) for _, name in parts}
+    template = "".join(
+        literal.replace("{", "{{").replace("}", "}}") + "{" + name + "}" for literal, name in parts
+    )
+
+    text = fill_template(template, filled)
+
+    assert text == "".join(f"{literal}{filled[name]}" for literal, name in parts)
+
+
+@unhurried
+@given(st.text(alphabet="{}a!:[] .", max_size=12))
+def test_template_is_refused_by_its_form_alone(template: str) -> None:
+    try:
+        variables = {name: "x" for _, name in template_parts(template) if name is not None}
+    except ValueError:
+        return
+    fill_template(template, variables)
+
+
+# Good replies
+
+
+def test_answer_is_read_with_its_usage() -> None:
+    reply = read(completion())
+
+    assert reply == Reply(Answer("Bonjour"), Usage(12, 3), told_usage=True)
+
+
+def test_headers_tell_whose_quota_it_was() -> None:
+    reply = read(completion(), headers={"openai-organization": "acme", "openai-project": "proj_1"})
+
+    assert (reply.organization, reply.project) == ("acme", "proj_1")
+
+
+@pytest.mark.parametrize(
+    ("body", "answer"),
+    [
+        (completion(content=""), Answer("")),
+        (completion(finish_reason="length"), Answer("Bonjour", "length")),
+        (completion(content=None, finish_reason="length"), Answer("", "length")),
+        (completion(content="", finish_reason="length"), Answer("", "length")),
+        (completion(finish_reason=None), Answer("Bonjour")),
+        (completion(finish_reason="x" * 99), Answer("Bonjour", "x" * 50)),
+        (completion(finish_reason="content_filter"), Answer("Bonjour", "content_filter")),
+        (completion(content=None, message={"refusal": "I won't"}), Answer("I won't", "refusal")),
+        (completion(content="a\x00b"), Answer("a\ufffdb")),
+    ],
+)
+def test_odd_answers_are_answers(body: Any, answer: Answer) -> None:
+    assert read(body).result == answer
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        [],
+        {},
+        {"prompt_tokens": 1},
+        {"prompt_tokens": "1", "completion_tokens": 1},
+        {"prompt_tokens": True, "completion_tokens": 1},
+        {"prompt_tokens": -1, "completion_tokens": 1},
+        {"prompt_tokens": 1 << 50, "completion_tokens": 1},
+    ],
+)
+def test_odd_usage_counts_as_none(usage: Any) -> None:
+    reply = read(completion() | {"usage": usage})
+
+    assert (reply.result, reply.usage, reply.told_usage) == (Answer("Bonjour"), Usage(), False)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"<html>busy</html>",
+        b'{"choices": [',
+        b'{"choices": null}',
+        b'{"choices": []}',
+        b'{"choices": {}}',
+        b'{"choices": ["text"]}',
+        b'{"choices": [{"message": null}]}',
+        b'{"choices": [{"message": "Bonjour"}]}',
+        b'{"choices": [{"message": {"content": null}}]}',
+        b'{"choices": [{"message": {"content": 7}}]}',
+        b"[" * 100_000,
+        b"\xff\xfe",
+        b"9" * 10_000,
+    ],
+)
+def test_good_status_with_nonsense_is_a_bad_response(body: bytes) -> None:
+    result = read(body).result
+
+    assert isinstance(result, Problem)
+    assert (result.kind, result.code) == (ProblemKind.TRANSIENT, ErrorCode.BAD_RESPONSE)
+
+
+def test_nonsense_that_cost_tokens_tells_so() -> None:
+    reply = read(completion(content=None))
+
+    assert isinstance(reply.result, Problem)
+    assert (reply.usage, reply.told_usage) == (Usage(12, 3), True)
+
+
+def test_withheld_answer_is_final() -> None:
+    result = read(completion(content=None, finish_reason="content_filter")).result
+
+    assert isinstance(result, Problem)
+    assert (result.kind, result.code) == (ProblemKind.FINAL, ErrorCode.CONTENT_FILTER)
+
+
+# Bad replies
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind", "code"),
+    [
+        (401, {"code": "invalid_api_key"}, ProblemKind.KEY_REFUSED, ErrorCode.KEY_REFUSED),
+        (402, {}, ProblemKind.QUOTA_EXHAUSTED, ErrorCode.QUOTA_EXHAUSTED),
+        (429, {"code": "insufficient_quota"}, ProblemKind.QUOTA_EXHAUSTED, ErrorCode.QUOTA_EXHAUSTED),
+        (429, {"type": "insufficient_quota"}, ProblemKind.QUOTA_EXHAUSTED, ErrorCode.QUOTA_EXHAUSTED),
+        (429, {"code": "billing_hard_limit_reached"}, ProblemKind.QUOTA_EXHAUSTED, ErrorCode.QUOTA_EXHAUSTED),
+        (403, {"code": "billing_not_active"}, ProblemKind.QUOTA_EXHAUSTED, ErrorCode.QUOTA_EXHAUSTED),
+        (429, {"code": "rate_limit_exceeded"}, ProblemKind.RATE_LIMITED, ErrorCode.RATE_LIMITED),
+        (429, {"code": {"odd": 1}, "type": ["odd"]}, ProblemKind.RATE_LIMITED, ErrorCode.RATE_LIMITED),
+        (429, {"code": 429}, ProblemKind.RATE_LIMITED, ErrorCode.RATE_LIMITED),
+        (403, {}, ProblemKind.MODEL_UNAVAILABLE, ErrorCode.MODEL_UNAVAILABLE),
+        (404, {"code": "model_not_found"}, ProblemKind.MODEL_UNAVAILABLE, ErrorCode.MODEL_UNAVAILABLE),
+        (403, {"code": ["odd"]}, ProblemKind.MODEL_UNAVAILABLE, ErrorCode.MODEL_UNAVAILABLE),
+        (408, {}, ProblemKind.TRANSIENT, ErrorCode.UPSTREAM_ERROR),
+        (409, {}, ProblemKind.TRANSIENT, ErrorCode.UPSTREAM_ERROR),
+        (500, {}, ProblemKind.TRANSIENT, ErrorCode.UPSTREAM_ERROR),
+        (503, {}, ProblemKind.TRANSIENT, ErrorCode.UPSTREAM_ERROR),
+        (599, {}, ProblemKind.TRANSIENT, ErrorCode.UPSTREAM_ERROR),
+        (204, {}, ProblemKind.TRANSIENT, ErrorCode.BAD_RESPONSE),
+        (302, {}, ProblemKind.TRANSIENT, ErrorCode.BAD_RESPONSE),
+        (400, {"code": "context_length_exceeded"}, ProblemKind.FINAL, ErrorCode.CONTEXT_LENGTH),
+        (400, {"type": "exceed_context_size_error"}, ProblemKind.FINAL, ErrorCode.CONTEXT_LENGTH),
+        (413, {}, ProblemKind.FINAL, ErrorCode.CONTEXT_LENGTH),
+        (400, {"code": "content_policy_violation"}, ProblemKind.FINAL, ErrorCode.CONTENT_FILTER),
+        (400, {}, ProblemKind.FINAL, ErrorCode.BAD_REQUEST),
+        (400, {"code": {"odd": 1}, "type": {}}, ProblemKind.FINAL, ErrorCode.BAD_REQUEST),
+        (422, {}, ProblemKind.FINAL, ErrorCode.BAD_REQUEST),
+        (418, {}, ProblemKind.FINAL, ErrorCode.BAD_REQUEST),
+    ],
+)
+def test_error_replies_are_classified(
+    status: int, error: dict[str, Any], kind: ProblemKind, code: ErrorCode
+) -> None:
+    result = refusal(status=status, **error)
+
+    assert (result.kind, result.code) == (kind, code)
+
+
+@pytest.mark.parametrize(
+    ("headers", "message", "seconds"),
+    [
+        ({"retry-after-ms": "1500"}, "", 1.5),
+        ({"retry-after": "20"}, "Please try again in 1s.", 20.0),
+        ({}, "Please try again in 20s. Visit our site to learn more.", 20.0),
+        ({}, "Please try again in 6m0s.", 360.0),
+        ({}, "Please try again in 120ms.", 0.12),
+        ({}, "Please try again in 1.5s", 1.5),
+        ({}, "Please try again in a while.", None),
+        ({}, "", None),
+        ({"retry-after": "later"}, "", None),
+    ],
+)
+def test_rate_limit_tells_its_rest(headers: dict[str, str], message: str, seconds: float | None) -> None:
+    assert refusal(status=429, headers=headers, message=message).retry_after_s == seconds
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [
+        (
+            "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 40000.",
+            ProblemKind.TOO_LARGE,
+        ),
+        ("Rate limit reached on TPM: Limit 30000, Used 0, Requested 30001.", ProblemKind.TOO_LARGE),
+        ("Rate limit reached on TPM: Limit 30000, Used 29000, Requested 2000.", ProblemKind.RATE_LIMITED),
+        ("Rate limit reached on TPM: Limit: 30000, Used 0, Requested: 30000.", ProblemKind.RATE_LIMITED),
+        ("Rate limit reached for requests. Limit: 3 / min.", ProblemKind.RATE_LIMITED),
+    ],
+)
+def test_request_larger_than_the_limit_is_told_from_a_rate_limit(message: str, kind: ProblemKind) -> None:
+    assert refusal(status=429, message=message, code="rate_limit_exceeded").kind is kind
+
+
+@pytest.mark.parametrize(
+    ("param", "about_settings"),
+    [
+        ("temperature", True),
+        ("model", True),
+        ("messages", False),
+        ("messages[0].content", False),
+        (None, False),
+        (3, False),
+    ],
+)
+def test_refusal_of_the_settings_is_told_from_that_of_a_prompt(param: Any, about_settings: bool) -> None:
+    assert refusal(status=400, param=param).about_settings is about_settings
+
+
+def test_what_the_provider_says_holds_no_key_and_has_an_end() -> None:
+    said = f"Bad {SECRET} and sk-proj-abc*def.ghi-jkl! " + "x" * 5_000
+
+    message = refusal(status=400, message=said).message
+
+    assert message.startswith("Bad *** and ***!")
+    assert len(message) == 500
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b'{"error": "text"}', b'{"error": {"message": 7}}', b"<html>"])
+@pytest.mark.parametrize("status", [301, 400, 401, 403, 404, 429, 500])
+def test_every_error_reply_has_a_message(status: int, body: bytes) -> None:
+    result = read(body, status=status).result
+
+    assert isinstance(result, Problem)
+    assert result.message
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["error", "code", "type", "message", "param", "choices", "usage", "content"]),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@unhurried
+@given(body=json_values | st.binary(max_size=50), status=st.integers(200, 599))
+def test_no_reply_is_too_odd_to_read(body: Any, status: int) -> None:
+    assert isinstance(read(body, status=status).result, Answer | Problem)
+
+
+# One call
+
+
+class Wire(Transport):
+    """A transport whose replies are given, in turn; the last one stays."""
+
+    def __init__(self, *replies: RawReply | TransportError, base_url: str = "http://127.0.0.1:9/v1") -> None:
+        super().__init__(base_url, 1, loopback_only=True)
+        self.replies = list(replies)
+        self.bodies: list[Any] = []
+
+    def post(self, path: str, headers: Any, body: bytes, deadline_s: float) -> RawReply:
+        assert (path, headers["authorization"]) == ("/chat/completions", f"Bearer {SECRET}")
+        self.bodies.append(json.loads(body))
+        reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
+        if isinstance(reply, TransportError):
+            raise reply
+        return reply
+
+
+GOOD = factories.raw_reply(body=json.dumps(completion()).encode())
+
+
+def refuses(name: str) -> RawReply:
+    """OpenAI's refusal of one name of the token limit."""
+    error = {
+        "message": f"Unsupported parameter: '{name}' is not supported with this model.",
+        "param": name,
+        "code": "unsupported_parameter",
+    }
+    return factories.raw_reply(status=400, body=json.dumps({"error": error}).encode())
+
+
+def ask(endpoint: Endpoint, **settings: Any) -> Reply:
+    return endpoint.ask(MODEL, JobSettings(**settings), "Say hello", 5.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "code"),
+    [
+        (DeadlinePassed("late"), ProblemKind.TRANSIENT, ErrorCode.TIMEOUT),
+        (ReplyTooLarge("large"), ProblemKind.TRANSIENT, ErrorCode.BAD_RESPONSE),
+        (ConnectionStale("stale"), ProblemKind.STALE, ErrorCode.CONNECTION),
+        (TransportError("cut"), ProblemKind.TRANSIENT, ErrorCode.CONNECTION),
+    ],
+)
+def test_trouble_on_the_way_is_a_problem(error: TransportError, kind: ProblemKind, code: ErrorCode) -> None:
+    result = ask(Endpoint(Wire(error), SECRET, {})).result
+
+    assert isinstance(result, Problem)
+    assert (result.kind, result.code) == (kind, code)
+
+
+@pytest.mark.parametrize(
+    ("base_url", "name"),
+    [("https://api.openai.com/v1", "max_completion_tokens"), ("http://127.0.0.1:9/v1", "max_tokens")],
+)
+def test_token_limit_has_the_name_that_its_host_takes(base_url: str, name: str) -> None:
+    wire = Wire(GOOD, base_url=base_url)
+
+    ask(Endpoint(wire, SECRET, {}), max_output_tokens=7)
+
+    assert wire.bodies[0][name] == 7
+
+
+def test_token_limit_is_renamed_once_and_that_is_remembered_for_every_key() -> None:
+    names: dict[tuple[str, str], str] = {}
+    first, second = Wire(refuses("max_tokens"), GOOD), Wire(GOOD)
+
+    refused = ask(Endpoint(first, SECRET, names), max_output_tokens=7).result
+    ask(Endpoint(second, SECRET, names), max_output_tokens=7)
+
+    assert isinstance(refused, Problem)
+    assert refused.kind is ProblemKind.RESENT
+    assert second.bodies[0]["max_completion_tokens"] == 7
+
+
+def test_calls_in_flight_while_the_name_is_learned_go_again_too() -> None:
+    names: dict[tuple[str, str], str] = {}
+
+    class Meanwhile(Wire):
+        def post(self, path: str, headers: Any, body: bytes, deadline_s: float) -> RawReply:
+            ask(Endpoint(Wire(refuses("max_tokens")), SECRET, names), max_output_tokens=7)
+            return super().post(path, headers, body, deadline_s)
+
+    result = ask(Endpoint(Meanwhile(refuses("max_tokens")), SECRET, names), max_output_tokens=7).result
+
+    assert isinstance(result, Problem)
+    assert result.kind is ProblemKind.RESENT
+
+
+def test_endpoint_that_refuses_both_names_is_not_asked_for_ever() -> None:
+    endpoint = Endpoint(Wire(refuses("max_tokens"), refuses("max_completion_tokens")), SECRET, {})
+
+    kinds = []
+    for _ in range(3):
+        result = ask(endpoint, max_output_tokens=7).result
+        assert isinstance(result, Problem)
+        kinds.append(result.kind)
+
+    assert kinds == [ProblemKind.RESENT, ProblemKind.FINAL, ProblemKind.FINAL]
+
+
+def test_two_endpoints_of_one_host_learn_apart() -> None:
+    names: dict[tuple[str, str], str] = {}
+    ask(
+        Endpoint(Wire(refuses("max_tokens"), base_url="http://127.0.0.1:9/v1"), SECRET, names),
+        max_output_tokens=7,
+    )
+    wire = Wire(GOOD, base_url="http://127.0.0.1:10/v1")
+
+    ask(Endpoint(wire, SECRET, names), max_output_tokens=7)
+
+    assert "max_tokens" in wire.bodies[0]
+
+
+def test_other_refusals_do_not_rename_the_token_limit() -> None:
+    body = b'{"error": {"message": "bad temperature", "param": "temperature", "code": "invalid_value"}}'
+    names: dict[tuple[str, str], str] = {}
+
+    result = ask(
+        Endpoint(Wire(factories.raw_reply(status=400, body=body)), SECRET, names), max_output_tokens=7
+    ).result
+
+    assert isinstance(result, Problem)
+    assert (result.kind, names) == (ProblemKind.FINAL, {})

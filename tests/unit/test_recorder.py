@@ -1,0 +1,455 @@
+"""The one writer, on a real SQLite file: what is stored, what is stored once, and how jobs end."""
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, select, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from gpt_worker import recorder as recorder_module
+from gpt_worker.db import Database
+from gpt_worker.domain import Answer, DeliveryMode, DeliveryStatus, ErrorCode, Failure, JobStatus, Usage
+from gpt_worker.models import DeliveryRow, JobRow
+from gpt_worker.recorder import Recorder
+from gpt_worker.store import jobs as job_store
+from gpt_worker.store import tasks as task_store
+from gpt_worker.store.tasks import SLICE_TASKS, TaskResult
+from tests import factories
+from tests.clock import eventually
+
+CANCELLED = Failure(ErrorCode.CANCELLED, "the job was cancelled")
+LATE = Failure(ErrorCode.TIMEOUT, "no whole reply")
+HOOK = "http://127.0.0.1:9/hook"
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    made = factories.database(folder=tmp_path)
+    yield made
+    made.close()
+
+
+@dataclass
+class Desk:
+    """A recorder at work, and what it tells the others."""
+
+    recorder: Recorder
+    ended: list[tuple[str, int]] = field(default_factory=list)
+    deliveries: int = 0
+    recovered: threading.Event = field(default_factory=threading.Event)
+
+    def finish(self) -> None:
+        """Store all that was handed over."""
+        assert self.recorder.stop(10.0)
+
+
+@pytest.fixture
+def desk(database: Database) -> Iterator[Desk]:
+    made = Desk(Recorder(database, HOOK))
+
+    def count_delivery() -> None:
+        made.deliveries += 1
+
+    made.recorder.on_ended = lambda job_id, run: made.ended.append((job_id, run))
+    made.recorder.on_delivery = count_delivery
+    made.recorder.on_recovered = made.recovered.set
+    made.recorder.start()
+    yield made
+    made.recorder.stop(10.0)
+
+
+def job_of(database: Database, job: JobRow) -> JobRow:
+    with database.read() as session:
+        row = job_store.get_job(session, job.id)
+    assert row is not None
+    return row
+
+
+def results(database: Database, job: JobRow) -> list[TaskResult]:
+    with database.read() as session:
+        return task_store.results_page(session, job.id, -1, 100_000)
+
+
+def deliveries(database: Database) -> list[DeliveryRow]:
+    with database.read() as session:
+        return [*session.scalars(select(DeliveryRow))]
+
+
+def fail_once_after_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next commit is made, and its result is lost on the way back."""
+
+    def lose(_session: Session) -> None:
+        event.remove(Session, "after_commit", lose)
+        raise OperationalError("COMMIT", {}, Exception("the line was cut"))
+
+    event.listen(Session, "after_commit", lose)
+
+
+def break_tasks(database: Database) -> None:
+    with database.write() as session:
+        session.execute(text("ALTER TABLE tasks RENAME TO away"))
+
+
+def mend_tasks(database: Database) -> None:
+    with database.write() as session:
+        session.execute(text("ALTER TABLE away RENAME TO tasks"))
+
+
+# Storing
+
+
+def test_answer_is_stored_with_its_counts_and_usage(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=2)
+
+    desk.recorder.put(
+        factories.outcome(job_id=job.id, position=1, decision=Answer("Bon", "length"), attempts=3)
+    )
+    desk.finish()
+
+    stored, task = job_of(database, job), results(database, job)[1]
+    assert (stored.answered, stored.failed, stored.requests) == (1, 0, 1)
+    assert (stored.prompt_tokens, stored.completion_tokens, stored.results_bytes) == (10, 2, 3)
+    assert (task.answer, task.finish_reason, task.attempts) == ("Bon", "length", 3)
+    assert (stored.finished_at, desk.ended) == (None, [])
+
+
+def test_call_that_decided_nothing_still_counts(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database)
+
+    desk.recorder.put(factories.outcome(job_id=job.id, decision=None, usage=Usage()))
+    desk.finish()
+
+    assert (job_of(database, job).requests, job_of(database, job).answered) == (1, 0)
+
+
+def test_long_message_is_cut(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database)
+
+    desk.recorder.put(factories.outcome(job_id=job.id, decision=Failure(ErrorCode.BAD_REQUEST, "x" * 5000)))
+    desk.finish()
+
+    message = results(database, job)[0].error_message
+    assert message is not None
+    assert len(message) == 1000
+
+
+def test_task_is_decided_once(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=2)
+
+    for decision in (Answer("first"), Answer("second"), LATE):
+        desk.recorder.put(factories.outcome(job_id=job.id, decision=decision))
+        eventually(lambda: desk.recorder.waiting == 0)
+    desk.finish()
+
+    assert (job_of(database, job).answered, job_of(database, job).failed) == (1, 0)
+    assert results(database, job)[0].answer == "first"
+
+
+@pytest.mark.parametrize(
+    ("decisions", "status"),
+    [
+        ([Answer("a"), Answer("b")], JobStatus.SUCCEEDED),
+        ([Answer("a"), LATE], JobStatus.PARTIAL),
+        ([LATE, LATE], JobStatus.FAILED),
+    ],
+)
+def test_job_ends_with_its_last_task(
+    database: Database, desk: Desk, decisions: list[Answer | Failure], status: JobStatus
+) -> None:
+    job = factories.store_job(database=database, tasks=2)
+
+    desk.recorder.job_started(job.id)
+    for position, decision in enumerate(decisions):
+        desk.recorder.put(factories.outcome(job_id=job.id, position=position, decision=decision))
+    desk.finish()
+
+    stored = job_of(database, job)
+    assert stored.status == status
+    assert stored.started_at is not None
+    assert stored.finished_at is not None
+    assert desk.ended == [(job.id, 1)]
+
+
+def test_started_job_runs(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database)
+
+    desk.recorder.job_started(job.id)
+    desk.finish()
+
+    assert job_of(database, job).status == JobStatus.RUNNING
+
+
+def test_cancelled_job_stays_cancelled(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, status=JobStatus.CANCELLED)
+
+    desk.recorder.put(factories.outcome(job_id=job.id))
+    desk.finish()
+
+    stored = job_of(database, job)
+    assert (stored.status, stored.answered) == (JobStatus.CANCELLED, 1)
+    assert stored.finished_at is not None
+
+
+def test_discarded_job_does_not_end(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, status=JobStatus.DISCARDED, delivery=DeliveryMode.WEBHOOK)
+
+    desk.recorder.put(factories.outcome(job_id=job.id))
+    desk.finish()
+
+    assert (desk.ended, deliveries(database)) == ([], [])
+
+
+def test_outcome_of_a_job_that_is_gone_hurts_nobody(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database)
+
+    desk.recorder.put(factories.outcome(job_id="gone"))
+    desk.recorder.put(factories.outcome(job_id=job.id))
+    desk.finish()
+
+    assert job_of(database, job).status == JobStatus.SUCCEEDED
+
+
+def test_many_threads_lose_nothing(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=400)
+
+    def put(first: int) -> None:
+        for position in range(first, 400, 8):
+            desk.recorder.put(factories.outcome(job_id=job.id, position=position))
+
+    threads = [threading.Thread(target=put, args=(first,)) for first in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    desk.finish()
+
+    stored = job_of(database, job)
+    assert (stored.answered, stored.requests, stored.status) == (400, 400, JobStatus.SUCCEEDED)
+    assert desk.ended == [(job.id, 1)]
+
+
+# Webhooks
+
+
+@pytest.mark.parametrize(("delivery", "owed"), [(DeliveryMode.WEBHOOK, 1), (DeliveryMode.INLINE, 0)])
+def test_webhook_is_owed_in_the_commit_that_ends_the_job(
+    database: Database, desk: Desk, delivery: DeliveryMode, owed: int
+) -> None:
+    job = factories.store_job(database=database, delivery=delivery)
+
+    desk.recorder.put(factories.outcome(job_id=job.id))
+    desk.finish()
+
+    rows = deliveries(database)
+    assert (len(rows), desk.deliveries) == (owed, owed)
+    assert all(
+        (row.job_id, row.run, row.url, row.status) == (job.id, 1, HOOK, DeliveryStatus.PREPARING)
+        for row in rows
+    )
+
+
+def test_next_run_owes_a_webhook_of_its_own(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, delivery=DeliveryMode.WEBHOOK)
+    desk.recorder.put(factories.outcome(job_id=job.id, decision=LATE))
+    eventually(lambda: desk.ended)
+    with database.write() as session:
+        row = job_store.get_job(session, job.id)
+        assert row is not None
+        job_store.reopen(row, task_store.reopen_failed(session, job.id, None), row.deadline_at)
+
+    desk.recorder.put(factories.outcome(job_id=job.id))
+    desk.finish()
+
+    assert desk.ended == [(job.id, 1), (job.id, 2)]
+    assert [row.run for row in deliveries(database)] == [1, 2]
+
+
+# Closing
+
+
+def test_closed_job_fails_what_was_not_sent(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=3, status=JobStatus.RUNNING)
+    desk.recorder.put(factories.outcome(job_id=job.id, position=1))
+
+    desk.recorder.close_job(job.id, CANCELLED, ())
+    desk.finish()
+
+    assert [task.error_code for task in results(database, job)] == ["cancelled", None, "cancelled"]
+    assert (job_of(database, job).failed, job_of(database, job).status) == (2, JobStatus.PARTIAL)
+    assert desk.ended == [(job.id, 1)]
+
+
+def test_closed_job_waits_for_the_calls_in_flight(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=3, delivery=DeliveryMode.WEBHOOK)
+    assert desk.recorder.close_job(job.id, CANCELLED, frozenset({1})).wait(10)
+    assert (job_of(database, job).failed, desk.ended, deliveries(database)) == (2, [], [])
+
+    desk.recorder.put(factories.outcome(job_id=job.id, position=1))
+    desk.finish()
+
+    assert (job_of(database, job).answered, desk.ended) == (1, [(job.id, 1)])
+    assert len(deliveries(database)) == 1
+
+
+def test_large_job_is_closed_in_slices_and_others_go_between(database: Database, desk: Desk) -> None:
+    large = factories.store_job(database=database, tasks=2 * SLICE_TASKS + 10)
+    small = factories.store_job(database=database)
+    spare = frozenset({0, SLICE_TASKS - 1, SLICE_TASKS, 2 * SLICE_TASKS})
+
+    done = desk.recorder.close_job(large.id, CANCELLED, spare)
+    desk.recorder.put(factories.outcome(job_id=small.id))
+    assert done.wait(10)
+
+    pending = {task.position for task in results(database, large) if task.error_code is None}
+    assert pending == spare
+    assert desk.ended == [(small.id, 1)]
+    for position in spare:
+        desk.recorder.put(factories.outcome(job_id=large.id, position=position))
+    desk.finish()
+    assert desk.ended == [(small.id, 1), (large.id, 1)]
+    assert job_of(database, large).failed == 2 * SLICE_TASKS + 10 - len(spare)
+
+
+def test_slice_of_nothing_but_spare_tasks_is_not_the_end(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=SLICE_TASKS + 1)
+
+    desk.recorder.close_job(job.id, CANCELLED, frozenset(range(SLICE_TASKS)))
+    desk.finish()
+
+    assert results(database, job)[-1].error_code == "cancelled"
+
+
+def test_answer_that_lands_before_the_close_is_kept(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=2)
+
+    desk.recorder.put(factories.outcome(job_id=job.id, position=0))
+    desk.recorder.close_job(job.id, CANCELLED, frozenset({0}))
+    desk.finish()
+
+    assert (job_of(database, job).answered, job_of(database, job).failed) == (1, 1)
+    assert desk.ended == [(job.id, 1)]
+
+
+def test_job_closed_twice_ends_with_one_webhook(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=2, delivery=DeliveryMode.WEBHOOK)
+
+    desk.recorder.close_job(job.id, CANCELLED, ())
+    desk.recorder.close_job(job.id, LATE, ())
+    desk.finish()
+
+    assert [task.error_code for task in results(database, job)] == ["cancelled", "cancelled"]
+    assert len(deliveries(database)) == 1
+
+
+# Commits that fail
+
+
+def test_group_stored_twice_counts_once(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = factories.store_job(database=database, tasks=1, delivery=DeliveryMode.WEBHOOK)
+    fail_once_after_commit(monkeypatch)
+
+    desk.recorder.put(factories.outcome(job_id=job.id))
+    assert desk.recovered.wait(10)
+    desk.finish()
+
+    stored = job_of(database, job)
+    assert (stored.answered, stored.requests, stored.prompt_tokens, stored.results_bytes) == (1, 1, 10, 5)
+    assert len(deliveries(database)) == 1
+
+
+def test_end_stored_by_a_commit_that_seemed_to_fail_is_told(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = factories.store_job(database=database)
+    fail_once_after_commit(monkeypatch)
+
+    desk.recorder.put(factories.outcome(job_id=job.id))
+    assert desk.recovered.wait(10)
+    desk.finish()
+
+    assert desk.ended == [(job.id, 1)]
+
+
+def test_slice_stored_twice_counts_once(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = factories.store_job(database=database, tasks=3)
+    fail_once_after_commit(monkeypatch)
+
+    assert desk.recorder.close_job(job.id, CANCELLED, ()).wait(10)
+    desk.finish()
+
+    assert (job_of(database, job).failed, desk.ended) == (3, [(job.id, 1)])
+
+
+def test_answers_wait_for_the_database_and_are_stored_then(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database)
+    break_tasks(database)
+    desk.recorder.put(factories.outcome(job_id=job.id))
+    eventually(lambda: not desk.recorder.healthy)
+
+    mend_tasks(database)
+
+    assert desk.recovered.wait(10)
+    desk.finish()
+    assert desk.recorder.healthy
+    assert job_of(database, job).status == JobStatus.SUCCEEDED
+
+
+def test_full_inbox_holds_its_senders(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recorder_module, "MAX_INBOX", 3)
+    job = factories.store_job(database=database, tasks=10)
+    break_tasks(database)
+    desk.recorder.put(factories.outcome(job_id=job.id, position=0))
+    eventually(lambda: not desk.recorder.healthy)
+    rest = [factories.outcome(job_id=job.id, position=position) for position in range(1, 10)]
+
+    def send() -> None:
+        for outcome in rest:
+            desk.recorder.put(outcome)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    eventually(lambda: desk.recorder.waiting == 3)
+    assert sender.is_alive()
+
+    mend_tasks(database)
+
+    sender.join(10)
+    desk.finish()
+    assert job_of(database, job).answered == 10
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_recorder_that_can_not_store_still_stops(database: Database, desk: Desk, closes: bool) -> None:
+    job = factories.store_job(database=database)
+    break_tasks(database)
+    if closes:
+        desk.recorder.close_job(job.id, CANCELLED, ())
+    else:
+        desk.recorder.put(factories.outcome(job_id=job.id))
+    eventually(lambda: not desk.recorder.healthy)
+
+    assert desk.recorder.stop(10.0)
+
+    mend_tasks(database)
+    assert job_of(database, job).status == JobStatus.QUEUED
+
+
+def test_bug_in_a_group_does_not_end_the_recorder(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database)
+    unstorable: Any = factories.outcome(job_id=job.id, usage=Usage(10**30, 0))
+
+    desk.recorder.put(unstorable)
+
+    eventually(lambda: not desk.recorder.healthy)
+    assert desk.recorder.stop(10.0)
