@@ -1,5 +1,7 @@
 """The README's five minutes, word by word: `make run` in a clone with no key, then its curl lines."""
 
+import csv
+import io
 import json
 import os
 import re
@@ -35,7 +37,7 @@ class Newcomer:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command.replace("localhost:3333", f"localhost:{self.port}")],
             cwd=self.clone,
-            env={"PATH": os.environ["PATH"], **variables},
+            env={"PATH": os.environ["PATH"], "HOME": str(self.clone), **variables},
             capture_output=True,
             text=True,
             timeout=110,
@@ -96,8 +98,8 @@ def _blocks() -> list[str]:
     return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
 
 
-def test_readme_lines_give_real_answers_inline_and_by_webhook(newcomer: Newcomer) -> None:
-    run, register, login, inline, webhook, deliveries, *_ = _blocks()
+def test_readme_lines_give_real_answers_inline_by_webhook_and_into_a_file(newcomer: Newcomer) -> None:
+    run, register, login, inline, webhook, deliveries, cli_login, cli_submit = _blocks()
     assert run.strip() == "make run"
 
     account = json.loads(newcomer.run(register))
@@ -105,6 +107,11 @@ def test_readme_lines_give_real_answers_inline_and_by_webhook(newcomer: Newcomer
     job = json.loads(newcomer.run(inline, TOKEN=token))
     accepted = json.loads(newcomer.run(webhook, TOKEN=token))
     delivery = _await_delivered(newcomer, deliveries, token)
+    newcomer.run(cli_login)
+    newcomer.run(cli_submit)
+    answers = list(
+        csv.DictReader(io.StringIO((newcomer.clone / "answers.csv").read_text("utf-8"), newline=""))
+    )
 
     assert account["user"]["role"] == "admin"
     assert job["status"] == "succeeded"
@@ -114,6 +121,8 @@ def test_readme_lines_give_real_answers_inline_and_by_webhook(newcomer: Newcomer
     assert accepted["delivery"] == "webhook"
     assert delivery["job_id"] == accepted["id"]
     assert delivery["attempts"][0]["status_code"] == 200
+    assert len(answers) == 20
+    assert all(answer["result"].strip() for answer in answers)
 
 
 def _await_delivered(newcomer: Newcomer, command: str, token: str) -> dict[str, Any]:
