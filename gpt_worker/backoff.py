@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from gpt_worker.domain import ErrorCode, Failure
+from gpt_worker.rate_limit import Bound
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
@@ -50,6 +51,7 @@ class Problem:
     message: str
     retry_after_s: float | None = None
     about_settings: bool = False
+    bound: Bound | None = None  # the limit that a rate limited call ran into, if the server names it
 
 
 @dataclass(frozen=True, slots=True)

@@ -441,7 +441,7 @@ class Dispatcher:
             return None
         if problem.kind is ProblemKind.RATE_LIMITED:
             grant.limiter.rate_limited(
-                grant.reservation, reply.limits, now_s, problem.retry_after_s, self._jitter()
+                grant.reservation, reply.limits, now_s, problem.retry_after_s, self._jitter(), problem.bound
             )
             log.info("%s is rate limited", lane.name, extra={"action": "rate_limited", "job_id": job.id})
         else:

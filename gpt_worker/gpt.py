@@ -19,7 +19,7 @@ from config import OPENAI_BASE_URL
 from gpt_worker.addresses import is_loopback
 from gpt_worker.backoff import Problem, ProblemKind
 from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage
-from gpt_worker.rate_limit import LimitHeaders, parse_duration_s, read_headers
+from gpt_worker.rate_limit import Bound, LimitHeaders, parse_duration_s, read_headers
 from gpt_worker.transport import (
     ConnectionStale,
     DeadlinePassed,
@@ -260,7 +260,7 @@ def _problem(status: int, error: Mapping[str, Any], retry_after_s: float | None,
     if status == 402 or (status in (403, 429) and EXHAUSTED & {code, kind}):
         return Problem(ProblemKind.QUOTA_EXHAUSTED, ErrorCode.QUOTA_EXHAUSTED, "the key's quota is used up")
     if status == 429:
-        return _problem_429(said, retry_after_s)
+        return _problem_429(kind, said, retry_after_s)
     if status in (403, 404):
         return Problem(
             ProblemKind.MODEL_UNAVAILABLE,
@@ -292,7 +292,7 @@ def _problem(status: int, error: Mapping[str, Any], retry_after_s: float | None,
     )
 
 
-def _problem_429(said: str, retry_after_s: float | None) -> Problem:
+def _problem_429(kind: object, said: str, retry_after_s: float | None) -> Problem:
     numbers = re.search(r"Limit:? (\d+).*?Requested:? (\d+)", said, re.DOTALL)
     if "too large" in said.lower() or (numbers and int(numbers[2]) > int(numbers[1])):
         message = "the prompt is larger than the key's limit of tokens per minute"
@@ -304,6 +304,7 @@ def _problem_429(said: str, retry_after_s: float | None) -> Problem:
         ErrorCode.RATE_LIMITED,
         "the key was rate limited again and again",
         retry_after_s,
+        bound=Bound(kind) if kind in ("requests", "tokens") else None,
     )
 
 

@@ -8,13 +8,14 @@ Source: OpenAI, "Rate limits", the headers x-ratelimit-{limit,remaining,reset}-{
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 DEFAULT_WINDOW_S = 60.0
 LONGEST_WINDOW_S = 86_400.0
 FIRST_REST_S = 1.0
 LONGEST_REST_S = 60.0
+SAME_MOMENT_S = 0.25
 UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
@@ -80,14 +81,32 @@ def _read_limit(headers: Mapping[str, str], name: str) -> Limit | None:
 
 
 @dataclass(slots=True)
+class Sent:
+    """What a bucket had given in all when a short while ended; the calls of that while share it.
+
+    In which order calls of one moment reach the server, nobody can tell: counting one of them as sent after another
+    would count it twice where the other's reply has counted it already.
+    """
+
+    since_s: float
+    total: float
+
+
+@dataclass(slots=True)
 class Bucket:
-    """A limit as we keep it: `level` of `capacity` left, refilled at `per_s`."""
+    """A limit as we keep it: `level` of `capacity` left, refilled at `per_s`.
+
+    `floor` is what the server says is left when nothing is: it may tell a minute's limit and hold to a second's.
+    """
 
     capacity: float
     level: float
     per_s: float
     updated_s: float
+    limit: int = 0  # as the server tells it
+    floor: int = 0
     sent: float = 0.0  # all that was ever reserved, to know what was sent since a call
+    mark: Sent = field(default_factory=lambda: Sent(-math.inf, 0.0))
     window_seen: float = 0.0  # the share of the bucket on which `per_s` rests; a larger share tells more
 
     def refill(self, now_s: float) -> None:
@@ -100,16 +119,21 @@ class Bucket:
         missing = min(amount, self.capacity) - self.level
         return 0.0 if missing <= 1e-9 else missing / self.per_s
 
-    def take(self, amount: float) -> None:
+    def take(self, amount: float, now_s: float) -> Sent:
+        """Take what a call may spend; the mark tells later what was sent after it."""
         self.level -= min(amount, self.capacity)
         self.sent += amount
+        if now_s - self.mark.since_s >= SAME_MOMENT_S:
+            self.mark = Sent(now_s, self.sent)
+        self.mark.total = self.sent
+        return self.mark
 
     def learn(self, told: Limit, sent_since: float, took_s: float, now_s: float) -> None:
         """Heed a reply that left the server `took_s` after its call was sent, `sent_since` having been sent since."""
-        if told.limit != self.capacity:
-            self.level = min(self.level, told.limit) if told.limit < self.capacity else self.level
-            self.per_s *= told.limit / self.capacity
-            self.capacity = told.limit
+        if told.limit != self.limit:
+            self.per_s *= told.limit / self.limit
+            self.limit, self.capacity, self.floor = told.limit, told.limit, 0
+            self.level = min(self.level, self.capacity)
             self.window_seen = 0.0
         used = told.limit - told.remaining
         share = used / told.limit
@@ -117,23 +141,29 @@ class Bucket:
             window_s = min(LONGEST_WINDOW_S, max(1.0, told.reset_s * told.limit / used))
             self.per_s, self.window_seen = told.limit / window_s, share
         self.refill(now_s)
-        self.level = min(self.level, told.remaining + took_s * self.per_s - sent_since)
+        self.level = min(self.level, told.remaining - self.floor + took_s * self.per_s - sent_since)
+
+    def refused(self, told: Limit) -> None:
+        """A call was refused for this limit, of which the server says that so much is left: it is in fact empty."""
+        self.floor = max(self.floor, min(told.remaining, told.limit - 1))
+        self.capacity = self.limit - self.floor
+        self.level = min(self.level, 0.0)
 
     @classmethod
     def first(cls, told: Limit, now_s: float) -> "Bucket":
-        bucket = cls(told.limit, told.remaining, told.limit / DEFAULT_WINDOW_S, now_s)
+        bucket = cls(told.limit, told.remaining, told.limit / DEFAULT_WINDOW_S, now_s, told.limit)
         bucket.learn(told, 0.0, 0.0, now_s)
         return bucket
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one call was allowed to spend, and how much had been sent in all when it went."""
+    """What one call was allowed to spend, and how much had been sent in all when it went; no mark: of no limit yet."""
 
     tokens: int
     sent_at_s: float
-    requests_sent: float
-    tokens_sent: float
+    requests_mark: Sent | None
+    tokens_mark: Sent | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,18 +206,13 @@ class Limiter:
             return wait
         if self.tokens:
             tokens = min(tokens, int(self.tokens.capacity))
-        reservation = Reservation(
+        self.in_flight += 1
+        return Reservation(
             tokens,
             now_s,
-            self.requests.sent if self.requests else -1.0,  # a bucket made later does not know of this call
-            self.tokens.sent if self.tokens else -float(tokens),
+            self.requests.take(1, now_s) if self.requests else None,
+            self.tokens.take(tokens, now_s) if self.tokens else None,
         )
-        if self.requests:
-            self.requests.take(1)
-        if self.tokens:
-            self.tokens.take(tokens)
-        self.in_flight += 1
-        return reservation
 
     def _wait(self, tokens: int, now_s: float) -> Wait:
         if self.rest_until_s > now_s:
@@ -232,10 +257,23 @@ class Limiter:
         now_s: float,
         rest_s: float | None,
         jitter: float,
+        bound: Bound | None = None,
     ) -> None:
-        """Settle a call that was refused for its rate: nothing is sent for `rest_s`, or for as long as we think fit."""
+        """Settle a call that was refused for its rate: nothing is sent for `rest_s`, or for as long as we think fit.
+
+        `bound` is the limit that the server names.
+        """
         self.in_flight -= 1
         self._learn(reservation, headers, now_s)
+        if bound is Bound.REQUESTS and self.requests and headers.requests:
+            self.requests.refused(headers.requests)
+        if (
+            bound is Bound.TOKENS
+            and self.tokens
+            and headers.tokens
+            and headers.tokens.remaining > reservation.tokens
+        ):
+            self.tokens.refused(headers.tokens)
         told = self.requests is not None or self.tokens is not None
         if not told:
             self.window_limit = max(1.0, min(self.window_limit, self.in_flight + 1, self.window) / 2)
@@ -283,19 +321,22 @@ class Limiter:
             if self.requests is None:
                 self.requests = Bucket.first(headers.requests, now_s)
             else:
-                since = self.requests.sent - reservation.requests_sent - 1
-                self.requests.learn(headers.requests, max(0.0, since), took_s, now_s)
+                since = _since(self.requests, reservation.requests_mark)
+                self.requests.learn(headers.requests, since, took_s, now_s)
         if headers.tokens:
             if self.tokens is None:
                 self.tokens = Bucket.first(headers.tokens, now_s)
             else:
-                since = self.tokens.sent - reservation.tokens_sent - reservation.tokens
-                self.tokens.learn(headers.tokens, max(0.0, since), took_s, now_s)
+                self.tokens.learn(headers.tokens, _since(self.tokens, reservation.tokens_mark), took_s, now_s)
+
+
+def _since(bucket: Bucket, mark: Sent | None) -> float:
+    return max(0.0, bucket.sent - (mark.total if mark else 0.0))
 
 
 def _lower(ours: Bucket | None, theirs: Bucket | None) -> Bucket | None:
     """Our bucket with the lower level of both; a copy of theirs if we have none, since its history is another's."""
     if ours is None or theirs is None:
-        return ours or (theirs and replace(theirs, sent=0.0))
+        return ours or (theirs and replace(theirs, sent=0.0, mark=Sent(-math.inf, 0.0)))
     ours.level = min(ours.level, theirs.level)
     return ours

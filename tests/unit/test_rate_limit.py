@@ -152,7 +152,7 @@ def test_bucket_refills_up_to_its_capacity(clock: FakeClock) -> None:
     assert bucket.wait_s(1, clock()) == pytest.approx(0.25)
     clock.advance(3600)
     assert bucket.wait_s(60, clock()) == 0.0
-    bucket.take(60)
+    bucket.take(60, clock())
     assert bucket.wait_s(1, clock()) == pytest.approx(1.0)
 
 
@@ -160,7 +160,7 @@ def test_bucket_never_asks_for_more_than_it_holds(clock: FakeClock) -> None:
     bucket = Bucket(capacity=60, level=60, per_s=1, updated_s=clock())
 
     assert bucket.wait_s(1_000, clock()) == 0.0
-    bucket.take(1_000)
+    bucket.take(1_000, clock())
     assert bucket.level == 0
 
 
@@ -297,13 +297,39 @@ def test_header_counts_less_what_was_sent_since(clock: FakeClock) -> None:
     limiter = learned(clock, factories.headers(tokens=(1_000, 1_000, None)))
     limiter.window = 10
     first = reserve(limiter, clock, tokens=100)
+    clock.advance(0.3)
     reserve(limiter, clock, tokens=200)
     reserve(limiter, clock, tokens=300)
 
     limiter.replied(first, factories.headers(tokens=(1_000, 700, None)), clock())
 
     assert limiter.tokens is not None
-    assert limiter.tokens.level == 700 - 200 - 300
+    assert limiter.tokens.level == pytest.approx(700 - 200 - 300 + 0.3 * 1_000 / 60)
+
+
+def test_calls_of_one_moment_are_not_counted_twice(clock: FakeClock) -> None:
+    limiter = learned(clock, factories.headers(requests=(60, 60, None)))
+    limiter.window = 30
+    calls = [reserve(limiter, clock) for _ in range(20)]
+
+    for left, call in zip(range(40, 60), calls, strict=True):  # the server saw them the other way round
+        limiter.replied(call, factories.headers(requests=(60, left, None)), clock())
+
+    assert limiter.requests is not None
+    assert limiter.requests.level == 40
+
+
+def test_limit_held_more_strictly_than_told_is_learned_from_one_refusal(clock: FakeClock) -> None:
+    limiter = learned(clock, factories.headers(requests=(600, 600, None)))
+    limiter.window = 30
+    call = reserve(limiter, clock)
+
+    refusal = factories.headers(requests=(600, 590, None))
+    limiter.rate_limited(call, refusal, clock(), 0.1, 0.0, Bound.REQUESTS)
+    clock.advance(60.0)
+
+    granted = [limiter.reserve(1, clock()) for _ in range(11)]
+    assert [isinstance(grant, Reservation) for grant in granted] == [True] * 10 + [False]
 
 
 def test_call_older_than_the_bucket_is_no_part_of_it(clock: FakeClock) -> None:
