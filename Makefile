@@ -12,12 +12,13 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL = help
-.PHONY: help run test check lock venv env embedded embedded-if-needed
+.PHONY: help run test check bench lock venv env embedded embedded-if-needed
 
 help:
 	@echo "make run     serve; the first time, make .venv and .env"
 	@echo "make test    run every test            (ARGS=\"-k health\")"
 	@echo "make check   lint, format and types"
+	@echo "make bench   measure it beside its peers; an hour  (ARGS=\"--only limits --runs 1\")"
 	@echo "make lock    pin the requirements anew (ARGS=--upgrade)"
 
 run: venv
@@ -35,6 +36,10 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+bench: venv
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev
+	@$(BIN)/python -m bench $(ARGS)
 
 lock: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev

@@ -10,13 +10,14 @@ import binascii
 import hashlib
 import hmac
 import importlib.util
+import ipaddress
 import os
 import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from dotenv import dotenv_values
 
@@ -25,7 +26,16 @@ DEFAULT_MODEL = "gpt-5.4-mini"
 ENVIRONMENTS = ("development", "production", "test")
 MIN_APP_KEY_LENGTH = 32
 PASSWORD_LENGTHS = range(12, 257)
+MODEL_PATTERN = r"^[\x21-\x7e]+$"  # of a model's name, in GPT_MODEL and in a job
+MAX_MODEL_LENGTH = 200
 UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+AS_TYPED = frozenset({"ADMIN_PASSWORD", "DB_PASSWORD"})  # a space at the end of a password belongs to it
+# Settings of drives that are not there yet. By whole names: a machine's environment has other AZURE_… of its own.
+DRIVE_SETTINGS = (
+    *("S3_BUCKET", "S3_KEY", "S3_SECRET", "S3_REGION", "S3_ENDPOINT"),
+    *("GCS_BUCKET", "GCS_KEY_FILENAME", "GCS_ENDPOINT"),
+    *("AZURE_CONTAINER", "AZURE_CONNECTION_STRING", "DRIVE_URL"),
+)
 
 
 class SettingsError(Exception):
@@ -62,7 +72,8 @@ class Settings:
     request_api: str
     public_url: str
     webhook_secret: str = field(repr=False)
-    database_url: str = field(repr=False)
+    database_path: Path
+    database_setting: str  # the one that names the file, for messages about it
     inline_wait_s: float
     max_json_bytes: int
     max_upload_bytes: int
@@ -85,6 +96,11 @@ class Settings:
         """NODE_ENV=test: nothing but loopback addresses may be called."""
         return self.environment == "test"
 
+    @property
+    def database_url(self) -> str:
+        """The database as SQLAlchemy takes it."""
+        return "sqlite:///" + str(self.database_path).replace("%", "%25")
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None, dotenv: Path | None = None) -> "Settings":
         """Read and check everything.
@@ -105,7 +121,11 @@ class _Source:
     """Settings by name; empty means absent."""
 
     def __init__(self, values: Mapping[str, str | None]) -> None:
-        self.values = {name: value.strip() for name, value in values.items() if value and value.strip()}
+        self.values = {
+            name: value if name in AS_TYPED else value.strip()
+            for name, value in values.items()
+            if value and value.strip()
+        }
 
     @classmethod
     def merge(cls, env: Mapping[str, str], dotenv: Path) -> "_Source":
@@ -156,40 +176,55 @@ class _Source:
             )
         return size
 
-    def url(self, name: str, default: str) -> str:
+    def base_url(self, name: str, default: str) -> str:
+        """An address that paths are appended to: without a slash at its end, and without a query."""
         text = self.text(name, default).rstrip("/")
-        try:
-            parts = urlsplit(text)
-            valid = (
-                parts.scheme in ("http", "https")
-                and parts.hostname
-                and (parts.port is None or parts.port > 0)
-            )
-        except ValueError:
-            valid = False
-        if not valid or "@" in parts.netloc or re.search(r"[\s\x00-\x1f?#]", text):
+        if not _is_http_address(text) or "?" in text:
             raise SettingsError(f"{name} must be an address such as https://example.org/path")
         return text
+
+    def exact_url(self, name: str, default: str) -> str:
+        """An address that is called exactly as it is given."""
+        text = self.text(name, default)
+        if not _is_http_address(text):
+            raise SettingsError(f"{name} must be an address such as https://example.org/path?code=abc")
+        return text
+
+
+def _is_http_address(text: str) -> bool:
+    """Whether it is a whole http(s) address with no user, no fragment and no space in it."""
+    try:
+        parts = urlsplit(text)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        return False
+    return bool(valid) and "@" not in parts.netloc and not re.search(r"[\s\x00-\x1f#]", text)
 
 
 def _read(source: _Source) -> Settings:
     environment = _environment(source)
     port = source.integer("PORT", 3333, 1, 65535)
-    data_dir = Path(source.text("DATA_DIR", "./data")).expanduser().absolute()
+    data_dir = _absolute("DATA_DIR", source.text("DATA_DIR", "./data"))
     if "?" in str(data_dir):
         raise SettingsError("DATA_DIR must have no question mark: a database's address would end there")
     api_keys = _api_keys(source)
     if not api_keys and environment == "production":
         raise SettingsError("GPT_KEY_0 and GPT_KEY_1 are needed in production: set at least two API keys")
     model = source.text("GPT_MODEL", DEFAULT_MODEL)
+    if len(model) > MAX_MODEL_LENGTH or not re.fullmatch(MODEL_PATTERN, model):
+        raise SettingsError(
+            f"GPT_MODEL must be a model's name: up to {MAX_MODEL_LENGTH} characters, no spaces"
+        )
     if model in deprecated_models():
         raise SettingsError("GPT_MODEL names a model that OpenAI has deprecated: choose a current one")
     _refuse_unsupported(source)
     admin_email, admin_password = _admin(source)
+    database_setting, database_path = _database(source, data_dir)
+    host = _host(source)
     app_key = _app_key(source, environment, data_dir)
     return Settings(
         environment=environment,
-        host=source.text("HOST", "0.0.0.0"),
+        host=host,
         port=port,
         data_dir=data_dir,
         app_key=app_key,
@@ -198,10 +233,11 @@ def _read(source: _Source) -> Settings:
         model_path=_model_path(source),
         threads_per_key=source.integer("GPT_THREADS_PER_KEY", 64, 1, 1024),
         call_deadline_s=source.seconds("GPT_DEADLINE_S", 300, 0.1, 3600),
-        request_api=source.url("REQUEST_API", f"http://127.0.0.1:{port}"),
-        public_url=source.url("PUBLIC_URL", f"http://127.0.0.1:{port}"),
+        request_api=source.exact_url("REQUEST_API", f"http://127.0.0.1:{port}"),
+        public_url=source.base_url("PUBLIC_URL", f"http://127.0.0.1:{port}"),
         webhook_secret=_webhook_secret(source, app_key),
-        database_url=_database_url(source, data_dir),
+        database_path=database_path,
+        database_setting=database_setting,
         inline_wait_s=source.seconds("INLINE_WAIT_S", 300, 0, 86_400),
         max_json_bytes=source.size_bytes("MAX_JSON_BYTES", 16 << 20, 1 << 30),
         max_upload_bytes=source.size_bytes("MAX_UPLOAD_BYTES", 1 << 30, 1 << 40),
@@ -223,7 +259,7 @@ def _environment(source: _Source) -> str:
 
 
 def _api_keys(source: _Source) -> tuple[ApiKey, ...]:
-    base_url = source.url("GPT_BASE_URL", OPENAI_BASE_URL)
+    base_url = source.base_url("GPT_BASE_URL", OPENAI_BASE_URL)
     numbers = sorted(
         int(name[8:]) for name in source.values if re.fullmatch(r"GPT_KEY_(0|[1-9]\d{0,5})", name, re.ASCII)
     )
@@ -251,7 +287,7 @@ def _api_keys(source: _Source) -> tuple[ApiKey, ...]:
         twin = next((key.number for key in keys if key.secret == secret), None)
         if twin is not None:
             raise SettingsError(f"GPT_KEY_{number} is the same key as GPT_KEY_{twin}: each must differ")
-        keys.append(ApiKey(number, secret, source.url(f"GPT_BASE_URL_{number}", base_url)))
+        keys.append(ApiKey(number, secret, source.base_url(f"GPT_BASE_URL_{number}", base_url)))
     for name in source.values:
         suffix = name.removeprefix("GPT_BASE_URL_")
         if suffix != name and suffix not in {str(key.number) for key in keys}:
@@ -315,27 +351,58 @@ def _webhook_secret(source: _Source, app_key: str) -> str:
     return secret
 
 
-def _database_url(source: _Source, data_dir: Path) -> str:
+def _host(source: _Source) -> str:
+    """An IP address, or a name; whether it is this machine's is found out when it is bound."""
+    host = source.text("HOST", "0.0.0.0")
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        label = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+        if len(host) > 253 or not re.fullmatch(rf"{label}(\.{label})*", host):
+            raise SettingsError(
+                "HOST must be an address of this machine, such as 0.0.0.0, :: or localhost"
+            ) from None
+    return host
+
+
+def _database(source: _Source, data_dir: Path) -> tuple[str, Path]:
+    """The absolute path of the SQLite file, and the setting that it comes from."""
     url = source.text("DATABASE_URL")
     if url:
-        if not url.startswith("sqlite:///") or ":memory:" in url or url == "sqlite:///":
+        match = re.fullmatch(r"sqlite:///(/[^?]+)", url)
+        path = unquote(match[1]) if match else ""
+        if not path or not path.isprintable() or "?" in path or ":memory:" in path:
             raise SettingsError(
-                "DATABASE_URL: only a SQLite file is supported yet, such as sqlite:////var/lib/jobs.sqlite3"
+                "DATABASE_URL: only a SQLite file by its absolute path is supported yet, "
+                "such as sqlite:////var/lib/jobs.sqlite3"
             )
-        return url
+        return "DATABASE_URL", Path(path)
     if source.text("DB_CONNECTION", "sqlite") != "sqlite":
         raise SettingsError("DB_CONNECTION: only sqlite is supported yet")
-    return f"sqlite:///{data_dir / source.text('DB_DATABASE', 'gpt-worker.sqlite3')}"
+    name = source.text("DB_DATABASE")
+    if "?" in name or name == ":memory:" or name.startswith("file:"):
+        raise SettingsError("DB_DATABASE must be the plain name of a file in DATA_DIR, or an absolute path")
+    return "DB_DATABASE" if name else "DATA_DIR", data_dir / (name or "gpt-worker.sqlite3")
 
 
 def _refuse_unsupported(source: _Source) -> None:
     if source.text("DRIVE_DISK", "local") != "local":
         raise SettingsError("DRIVE_DISK: only local is supported yet")
+    for name in DRIVE_SETTINGS:
+        if name in source.values:
+            raise SettingsError(f"{name} is not supported yet: DRIVE_DISK takes only local, so leave it out")
 
 
 def _model_path(source: _Source) -> Path | None:
     text = source.text("MODEL_PATH")
-    return Path(text).expanduser().absolute() if text else None
+    return _absolute("MODEL_PATH", text) if text else None
+
+
+def _absolute(name: str, text: str) -> Path:
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise SettingsError(f"{name} begins with the home of a user who is not known here") from error
 
 
 def _admin(source: _Source) -> tuple[str | None, str | None]:

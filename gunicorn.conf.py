@@ -15,7 +15,7 @@ except SettingsError as error:
 logs.configure(settings.environment)
 
 wsgi_app = "wsgi:app"
-bind = f"[{settings.host}]:{settings.port}" if ":" in settings.host else f"{settings.host}:{settings.port}"
+bind = f"[{settings.host}]:{settings.port}"  # so gunicorn takes any host for what it is: ::, and "unix" too
 
 # `workers` stays unset, so that WEB_CONCURRENCY reaches the check instead of being overruled in silence.
 worker_class = web_worker.WebWorker

@@ -401,8 +401,8 @@ class Accounts:
         logger.info("An account was changed.", extra={"action": "user_changed", "user_id": user_id})
         return _user(user)
 
-    def delete_user(self, user_id: str) -> None:
-        """Delete the account and its tokens; its jobs stay, without an owner.
+    def delete_user(self, user_id: str, heir_id: str) -> None:
+        """Delete the account and its tokens; its jobs and deliveries become the heir's, so that nobody else sees them.
 
         Raises:
             NotFound: there is no such user.
@@ -411,7 +411,9 @@ class Accounts:
         with self._database.write() as session:
             user = _present(store.find_user(session, user_id))
             _keep_an_admin(session, user)
-            store.delete_user(session, user_id)
+            if user_id == heir_id:
+                raise Conflict("Another admin has to delete this account: its jobs would have no owner.")
+            store.delete_user(session, user_id, heir_id)
         logger.info("An account was deleted.", extra={"action": "user_deleted", "user_id": user_id})
 
     # Passwords and tokens

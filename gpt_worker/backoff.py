@@ -11,7 +11,6 @@ from gpt_worker.rate_limit import Bound
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
-LONGEST_TOLD_WAIT_S = 86_400.0  # whatever a server asks for
 MAX_ATTEMPTS = 5
 MAX_TIMEOUTS = 2
 FREE_RATE_LIMITS = 20
@@ -115,7 +114,9 @@ def decide(problem: Problem, tries: Tries, jitter: float) -> Again | GivenUp:
             timeouts = tries.timeouts + (problem.code is ErrorCode.TIMEOUT)
             if attempts >= MAX_ATTEMPTS or timeouts >= MAX_TIMEOUTS:
                 return GivenUp(Failure(problem.code, problem.message), attempts)
-            told_s = min(LONGEST_TOLD_WAIT_S, problem.retry_after_s or 0.0)
+            told_s = min(
+                LONGEST_WAIT_S, problem.retry_after_s or 0.0
+            )  # another key may do better before that
             wait_s = max(backoff_s(attempts, jitter), told_s)
             tried = replace(tries, attempts=attempts, timeouts=timeouts)
             return Again(wait_s, Place.FRONT, tried, elsewhere=True)

@@ -7,7 +7,7 @@ deferred one that reads and then writes fails with "database is locked" under lo
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,11 @@ class Database:
 
     def migrate(self) -> None:
         """Bring the tables to this version; the file is made readable by its owner alone."""
-        descriptor = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        os.close(descriptor)
+        if self.path.exists():  # not opened: closing it would drop the locks that SQLite may have on it
+            with suppress(PermissionError):  # another user's, who lets us write it
+                self.path.chmod(0o600)
+        else:
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         with self._app.app_context():
             upgrade()
 

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from gpt_worker.backoff import Again, GivenUp, Problem, ProblemKind, decide
+from gpt_worker.backoff import Again, GivenUp, Problem, ProblemKind, Tries, decide
 from gpt_worker.db import Database
 from gpt_worker.domain import Answer, ErrorCode, Failure, JobSettings, JobStatus, Outcome, Usage, utc_now
 from gpt_worker.fair_queue import FairQueue, JobRun, QueuedTask
@@ -38,6 +38,7 @@ CHUNK_S = 2.0
 MAX_PASSED_OVER = 50
 SAME_REFUSALS = 10
 RETRY_READ_S = 1.0
+LANDING_S = 5.0  # what a call in flight at its job's deadline gets to land: it is paid for
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +394,9 @@ class Dispatcher:
             self._recorder.job_started(job.id)
         assert lane.endpoint is not None  # a lane without one is down, and gets no task
         try:
-            reply = lane.endpoint.ask(job.model, job.settings, grant.task.prompt, self._call_deadline_s)
+            left_s = (job.deadline_at - utc_now()).total_seconds()
+            deadline_s = min(self._call_deadline_s, max(0.0, left_s) + LANDING_S)
+            reply = lane.endpoint.ask(job.model, job.settings, grant.task.prompt, deadline_s)
         except Exception:  # a task that can't be asked must not come back for ever
             log.exception("a call ran into a bug", extra={"action": "ask", "job_id": job.id})
             reply = Reply(
@@ -402,7 +405,8 @@ class Dispatcher:
         with self._lock:
             outcome = self._settle(lane, grant, reply)
         if outcome is not None:
-            self._recorder.put(outcome)  # may block while commits lag; so nothing is held meanwhile
+            # May block while commits lag; so nothing is held meanwhile.
+            self._recorder.put(outcome, hurry=job.exhausted and not job.in_memory)
         self._end_early(job)
         with self._lock:
             if outcome is None or outcome.decision is not None:
@@ -436,6 +440,7 @@ class Dispatcher:
         self, lane: Lane, grant: Grant, problem: Problem, reply: Reply, now_s: float
     ) -> Outcome | None:
         job, task = grant.job, grant.task
+        job.last_problem = f"{problem.code}, {problem.message}"
         if self._aborted and problem.kind in (ProblemKind.TRANSIENT, ProblemKind.STALE):
             grant.limiter.failed(grant.reservation, reply.limits, now_s)
             return None
@@ -613,7 +618,9 @@ class Dispatcher:
             return
         with self._lock:
             cursor = page[-1].position if page else job.cursor
-            tasks = [QueuedTask(task.position, task.prompt, task.tokens) for task in page]
+            tasks = [
+                QueuedTask(task.position, task.prompt, task.tokens, Tries(task.attempts)) for task in page
+            ]
             job.add_page(tasks if job.closing is None else [], cursor, exhausted=not page)
             if tasks:
                 self._wake()
@@ -632,7 +639,8 @@ class Dispatcher:
             return Failure(ErrorCode.KEY_REFUSED, "the job's deadline passed: every key is refused")
         if None not in holds and states and states <= {LaneState.REFUSED, LaneState.OUT_OF_QUOTA}:
             return Failure(ErrorCode.QUOTA_EXHAUSTED, "the job's deadline passed: no key has quota left")
-        return Failure(ErrorCode.EXPIRED, "the job's deadline passed")
+        last = f"; the last trouble was: {job.last_problem}" if job.last_problem else ""
+        return Failure(ErrorCode.EXPIRED, f"the job's deadline passed{last}")
 
 
 def _at(moment_s: float, now_s: float) -> datetime:

@@ -52,7 +52,7 @@ class ErrorCode(StrEnum):
     CANCELLED = "cancelled"  # the job was cancelled before the task was sent
     EXPIRED = "expired"  # the job's deadline passed
     BUDGET = "budget"  # the job had used its max_total_tokens
-    INTERRUPTED = "interrupted"  # the service died under the task again and again
+    INTERRUPTED = "interrupted"  # the service itself failed under the task, again and again
 
 
 class DeliveryMode(StrEnum):

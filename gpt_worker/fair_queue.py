@@ -62,6 +62,7 @@ class JobRun:
     behind: deque[QueuedTask] = field(default_factory=deque)  # after all others
     delayed: list[tuple[float, int, QueuedTask]] = field(default_factory=list)  # a heap by due time
     sent: dict[int, QueuedTask] = field(default_factory=dict)  # calls in flight, by position
+    last_problem: str | None = None
     decided: int = 0
     refusals: int = 0  # the first so many outcomes were all the same refusal of the settings, `refusal`
     refusal: str | None = None

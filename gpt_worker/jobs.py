@@ -16,6 +16,7 @@ from gpt_worker.db import Database
 from gpt_worker.dispatcher import Dispatcher
 from gpt_worker.domain import (
     HIDDEN,
+    UNFINISHED,
     Caller,
     DeliveryMode,
     ErrorCode,
@@ -104,13 +105,14 @@ class Jobs:
             Invalid: from reading `request.tasks`, or for an Idempotency-Key used for another request.
             Conflict: the first submit with this Idempotency-Key is still being stored.
         """
-        self.check_disk()
         if idempotency is None:
+            self.check_disk()
             return Submitted(self._store(caller, request))
         earlier = self._claim(caller, idempotency)
         if earlier is not None:
             return Submitted(earlier, replayed=True)
         try:
+            self.check_disk()
             return Submitted(self._store(caller, request, idempotency))
         except BaseException:
             with self._database.write() as session:
@@ -168,7 +170,7 @@ class Jobs:
         except BaseException:
             self._discard(job.id)
             raise
-        self._dispatcher.add(job)
+        self._hand_over(job)
         log.info("job accepted", extra={"action": "submit", "job_id": job.id, "tasks": job.total})
         return job.id
 
@@ -307,20 +309,38 @@ class Jobs:
 
         Raises Conflict while the job is unfinished.
         """
-        self.check_disk()
         self.find(caller, job_id)
+        self.check_disk()
         self._freeze_owed(job_id)
-        with self._database.write() as session:
-            job = self._found(job_store.find_job(session, job_id, caller))
-            if job.finished_at is None:
-                raise Conflict("the job is not finished yet: wait for it, or cancel it first")
-            reopened = task_store.reopen_failed(session, job_id, codes)
-            if not reopened:
-                return False
-            deadline_s = JobSettings.from_json(job.settings).deadline_s
-            job_store.reopen(job, reopened, utc_now() + timedelta(seconds=deadline_s))
-        self._dispatcher.add(job)
+        after: int | None = -1
+        run: int | None = None
+        while after is not None:
+            with self._database.write() as session:
+                job = self._found(job_store.find_job(session, job_id, caller))
+                if run is None and job.finished_at is None:
+                    raise Conflict("the job is not finished yet: wait for it, or cancel it first")
+                if run not in (None, job.run) or (run is not None and job.status != JobStatus.QUEUED):
+                    return True  # cancelled meanwhile: what was not reopened yet stays failed
+                reopened = task_store.reopen_slice(session, job_id, codes, after)
+                if run is None and not reopened.tasks:
+                    return False
+                if run is None:
+                    deadline_s = JobSettings.from_json(job.settings).deadline_s
+                    job_store.reopen(job, utc_now() + timedelta(seconds=deadline_s))
+                    run = job.run
+                job.failed -= reopened.tasks
+                job.results_bytes -= reopened.message_length
+            after = reopened.after
+        self._hand_over(job)
         return True
+
+    def _hand_over(self, job: JobRow) -> None:
+        """Give a queued job to the dispatcher, unless it was cancelled or purged before that could know of it."""
+        self._dispatcher.add(job)
+        with self._database.read() as session:
+            stored = job_store.get_job(session, job.id)
+        if stored is None or stored.status not in UNFINISHED:
+            self._dispatcher.forget(job.id, job.run)
 
 
 def _slices(tasks: Iterable[NewTask]) -> "Iterator[list[NewTask]]":

@@ -104,8 +104,8 @@ def _limits(limiter: Limiter, now_s: float) -> LearnedLimits:
         if bucket:
             bucket.refill(now_s)
     return LearnedLimits(
-        requests=int(requests.capacity) if requests else None,
+        requests=requests.limit if requests else None,
         requests_remaining=max(0, int(requests.level)) if requests else None,
-        tokens=int(tokens.capacity) if tokens else None,
+        tokens=tokens.limit if tokens else None,
         tokens_remaining=max(0, int(tokens.level)) if tokens else None,
     )

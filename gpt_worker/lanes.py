@@ -154,6 +154,8 @@ class Lane:
             return hold
         if self._probe_at_s is not None:
             return Hold(LaneState.REFUSED, self._probe_at_s)
+        if self.group.exhausted_in_a_row:
+            return Hold(LaneState.OUT_OF_QUOTA, None)
         rests = [limiter.rest_until_s for limiter in self.group.limiters.values()]
         if rests and min(rests) > now_s:
             return Hold(LaneState.RESTING, min(rests))
@@ -219,10 +221,9 @@ class Lane:
         return False
 
     def mend(self) -> None:
-        """Forget the key's bad marks: somebody has checked it by hand."""
+        """Forget the key's bad marks: somebody has checked it. Whether there is quota, the next call must show."""
         self._probe_at_s = None
         self._failures_in_a_row = 0
         self._rest_until_s = 0.0
-        self.group.exhausted_in_a_row = 0
         self.group.exhausted_until_s = 0.0
         self.group.missing_models.clear()

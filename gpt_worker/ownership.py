@@ -1,45 +1,45 @@
-"""One owner of DATA_DIR: a file lock that one process at a time holds for as long as it serves.
+"""One owner of DATA_DIR and of the database: file locks that one process at a time holds for as long as it serves.
 
-The worker takes it after the fork and before it opens anything, so that two servers never share a queue of jobs.
-The lock ends with the process, however that ends. It guards one host; it does not reach a database that others share.
+The worker takes them after the fork and before it opens anything, so that two servers never share a queue of jobs.
+A lock ends with the process, however that ends. It guards one host; it does not reach a database that others share.
 """
 
 import fcntl
 import os
+import stat
 import time
 from pathlib import Path
 
-from config import SettingsError
+from config import Settings, SettingsError
 
 RETRY_EVERY_S = 0.1
+SQLITE_HEADER = b"SQLite format 3\0"
 
 
-class DataDirBusy(Exception):
-    """Another process owns DATA_DIR; the message is one line that says which and what to do."""
+class InUse(Exception):
+    """Another process owns what a lock guards; the message is one line that says which and what to do."""
 
 
-class DataDirLock:
-    """The lock file of one DATA_DIR; not held until `acquire` returns."""
+class FileLock:
+    """A lock file; `what` is the setting and the path that it guards. Not held until `acquire` returns."""
 
-    def __init__(self, data_dir: Path) -> None:
-        self.data_dir = data_dir
-        self.path = data_dir / "lock"
+    def __init__(self, path: Path, what: str) -> None:
+        self.path = path
+        self.what = what
         self._descriptor: int | None = None
 
     def acquire(self, wait_s: float) -> None:
-        """Take the lock, trying for `wait_s`; with 0 it is tried once. DATA_DIR is made if it is missing.
+        """Take the lock, trying for `wait_s`; with 0 it is tried once. Its directory is made if it is missing.
 
         Raises:
-            DataDirBusy: it was held all the while.
-            SettingsError: DATA_DIR can't be used at all.
+            InUse: it was held all the while.
+            SettingsError: the lock file can't be made.
         """
         try:
-            self.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            message = (
-                f"DATA_DIR can't be used ({error.strerror}): {self.data_dir} must be a writable directory"
-            )
+            message = f"{self.what} can't be used ({error.strerror}): its directory must be a writable one"
             raise SettingsError(message) from error
         try:
             self._lock(descriptor, time.monotonic() + wait_s)
@@ -66,11 +66,74 @@ class DataDirLock:
                 if left_s <= 0:
                     owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
                     message = (
-                        f"DATA_DIR {self.data_dir} is in use by another gpt-worker (process {owner}): "
-                        "stop that one, or set another DATA_DIR"
+                        f"{self.what} is in use by another gpt-worker (process {owner}): "
+                        "stop that one, or set another path"
                     )
-                    raise DataDirBusy(message) from error
+                    raise InUse(message) from error
                 time.sleep(min(RETRY_EVERY_S, left_s))
+
+
+class DataDirLock(FileLock):
+    """The lock of one DATA_DIR."""
+
+    def __init__(self, data_dir: Path) -> None:
+        super().__init__(data_dir / "lock", f"DATA_DIR {data_dir}")
+
+
+class DatabaseLock(FileLock):
+    """The lock beside the database file, which another server may reach from another DATA_DIR or by a link."""
+
+    def __init__(self, settings: Settings) -> None:
+        database = Path(os.path.realpath(settings.database_path))
+        what = f"{settings.database_setting}: the database {database}"
+        super().__init__(database.with_name(f"{database.name}.lock"), what)
+
+
+class Ownership:
+    """DATA_DIR and the database of these settings, both owned or neither."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._data_dir = DataDirLock(settings.data_dir)
+        self._database = DatabaseLock(settings)
+
+    def acquire(self, wait_s: float) -> None:
+        """Take both locks, trying for `wait_s`. Raises InUse, or SettingsError for what can't be used at all."""
+        deadline_s = time.monotonic() + wait_s
+        self._data_dir.acquire(wait_s)
+        try:
+            check_database_file(self._settings)
+            self._database.acquire(deadline_s - time.monotonic())
+        except BaseException:
+            self._data_dir.release()
+            raise
+
+    def release(self) -> None:
+        """Give both back."""
+        self._database.release()
+        self._data_dir.release()
+
+
+def check_database_file(settings: Settings) -> None:
+    """Raise SettingsError where the database's path leads to something that is no SQLite file.
+
+    Not for a process that has the database open: closing a second descriptor of the file drops SQLite's locks.
+    """
+    path = settings.database_path
+    what = f"{settings.database_setting}: the database {path}"
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise SettingsError(f"{what} is not a file: name one")
+        if not os.access(path, os.W_OK):
+            raise SettingsError(f"{what} is not writable by this user: change its mode, or name another")
+        with path.open("rb") as file:
+            header = file.read(len(SQLITE_HEADER))
+    except FileNotFoundError:
+        return  # it is made
+    except OSError as error:
+        raise SettingsError(f"{what} can't be read ({error.strerror}): name another path") from error
+    if header not in (b"", SQLITE_HEADER):
+        raise SettingsError(f"{what} is not a SQLite database: name another path, or a new one")
 
 
 def is_still_owner(data_dir: Path) -> bool:

@@ -16,6 +16,8 @@ LONGEST_WINDOW_S = 86_400.0
 FIRST_REST_S = 1.0
 LONGEST_REST_S = 60.0
 SAME_MOMENT_S = 0.25
+SHORTEST_BURST_S = 1.0
+BELIEVE_AGAIN_S = 600.0
 UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
@@ -105,11 +107,14 @@ class Bucket:
     updated_s: float
     limit: int = 0  # as the server tells it
     floor: int = 0
+    refused_s: float = 0.0
     sent: float = 0.0  # all that was ever reserved, to know what was sent since a call
     mark: Sent = field(default_factory=lambda: Sent(-math.inf, 0.0))
     window_seen: float = 0.0  # the share of the bucket on which `per_s` rests; a larger share tells more
 
     def refill(self, now_s: float) -> None:
+        if self.floor and now_s - self.refused_s > BELIEVE_AGAIN_S:
+            self.floor, self.capacity = 0, self.limit
         self.level = min(self.capacity, self.level + (now_s - self.updated_s) * self.per_s)
         self.updated_s = now_s
 
@@ -143,9 +148,14 @@ class Bucket:
         self.refill(now_s)
         self.level = min(self.level, told.remaining - self.floor + took_s * self.per_s - sent_since)
 
-    def refused(self, told: Limit) -> None:
-        """A call was refused for this limit, of which the server says that so much is left: it is in fact empty."""
-        self.floor = max(self.floor, min(told.remaining, told.limit - 1))
+    def refused(self, told: Limit, now_s: float) -> None:
+        """A call was refused for this limit, of which the server says that so much is left: it is in fact empty.
+
+        No server is taken to hold to less than a second's share, and after a while it is believed again.
+        """
+        second = max(1, round(self.per_s * SHORTEST_BURST_S))
+        self.floor = max(self.floor, min(told.remaining, told.limit - second))
+        self.refused_s = now_s
         self.capacity = self.limit - self.floor
         self.level = min(self.level, 0.0)
 
@@ -266,14 +276,14 @@ class Limiter:
         self.in_flight -= 1
         self._learn(reservation, headers, now_s)
         if bound is Bound.REQUESTS and self.requests and headers.requests:
-            self.requests.refused(headers.requests)
+            self.requests.refused(headers.requests, now_s)
         if (
             bound is Bound.TOKENS
             and self.tokens
             and headers.tokens
             and headers.tokens.remaining > reservation.tokens
         ):
-            self.tokens.refused(headers.tokens)
+            self.tokens.refused(headers.tokens, now_s)
         told = self.requests is not None or self.tokens is not None
         if not told:
             self.window_limit = max(1.0, min(self.window_limit, self.in_flight + 1, self.window) / 2)

@@ -1,11 +1,13 @@
 """The one writer of outcomes: commits them in groups, closes and ends jobs, and puts their webhooks in the outbox.
 
-A group is whatever arrived during the previous commit, so a lone answer waits for nothing. Every update is guarded,
-so a commit of unknown result can be made again. While commits fail, nothing new is sent (`healthy`).
+A group is whatever arrived since the previous commit; a lone answer waits for nothing, nor do a job's last ones.
+Every update is guarded, so a commit of unknown result can be made again. While commits fail, nothing new is sent
+(`healthy`).
 """
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ MAX_INBOX = 1000
 MAX_INBOX_BYTES = 32 << 20
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 5.0
+COMMIT_GAP_S = 0.025  # a commit costs as much as several calls: on a fast endpoint, groups are let grow
 
 
 @dataclass(slots=True)
@@ -64,6 +67,8 @@ class Recorder:
         self._started: list[str] = []
         self._closings: deque[_Closing] = deque()
         self._stopping = False
+        self._hurry = False  # whether the inbox holds what may be a job's last outcome
+        self._committed_s = -COMMIT_GAP_S
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
         self.healthy = True
         self.commits = 0
@@ -89,15 +94,17 @@ class Recorder:
         """How many outcomes are not yet on their way into a commit."""
         return len(self._outcomes)
 
-    def put(self, outcome: Outcome) -> None:
-        """Hand over what became of a call; blocks while the inbox is full."""
+    def put(self, outcome: Outcome, *, hurry: bool = True) -> None:
+        """Hand over what became of a call; blocks while the inbox is full. `hurry`: it may be its job's last."""
         with self._condition:
             self._condition.wait_for(
                 lambda: len(self._outcomes) < MAX_INBOX and self._outcomes_bytes < MAX_INBOX_BYTES
             )
             self._outcomes.append(outcome)
             self._outcomes_bytes += outcome.size_bytes
-            if len(self._outcomes) == 1:
+            wakes = hurry and not self._hurry
+            self._hurry = self._hurry or hurry
+            if wakes or len(self._outcomes) in (1, MAX_INBOX // 2):
                 self._condition.notify_all()
 
     def job_started(self, job_id: str) -> None:
@@ -122,6 +129,10 @@ class Recorder:
                 self._condition.wait_for(
                     lambda: self._outcomes or self._started or self._closings or self._stopping
                 )
+                gap_s = self._committed_s + COMMIT_GAP_S - time.monotonic()
+                if gap_s > 0:
+                    self._condition.wait_for(self._can_not_wait, gap_s)
+                self._hurry = False
                 group = _Group(self._outcomes, self._started)
                 closing = self._closings[0] if self._closings else None
                 if self._stopping and not (group.outcomes or group.started or closing):
@@ -139,6 +150,9 @@ class Recorder:
                     with self._condition:
                         self._closings.popleft()
                     closing.done.set()
+
+    def _can_not_wait(self) -> bool:
+        return bool(self._hurry or self._closings or self._stopping or len(self._outcomes) >= MAX_INBOX // 2)
 
     def _persist(self, commit: Callable[[], list[JobRow]], job_ids: Collection[str]) -> None:
         """Commit until it is done, then tell who waits for it."""
@@ -158,6 +172,7 @@ class Recorder:
                 threading.Event().wait(retry_s)
                 retry_s = min(LONGEST_RETRY_S, 2 * retry_s)
         self.commits += 1
+        self._committed_s = time.monotonic()
         if not self.healthy:
             self.healthy = True
             log.info("answers are stored again", extra={"action": "record"})
@@ -184,6 +199,7 @@ class Recorder:
                 if not (progress.answered or progress.failed) and any(map(_decided, outcomes)):
                     continue  # this very group was stored already, by a commit that seemed to fail
                 progress.results_bytes = sum(map(_result_bytes, outcomes))
+                task_store.record_attempts(session, outcomes)
                 for outcome in outcomes:
                     progress.add_call(outcome.calls, outcome.usage)
                 job_store.add_progress(session, job_id, progress)

@@ -1,6 +1,7 @@
 """The gthread worker that does not freeze on silent clients, and that starts and stops the service around its loop.
 
-The main loop collects the head of each request itself, so a thread is only spent on a request whose head is whole.
+The main loop collects each request's head and small body itself, so a thread is only spent on what is whole; bodies
+that a thread must read are counted, and a client too slow for its thread is let go (see `Pace` and `ThreadBudget`).
 The order of a life: own DATA_DIR, build the application, start the service, serve; at a signal, the service is told
 at once while the last requests are answered. It knows nothing of what the application does.
 """
@@ -10,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import re
 import resource
 import select
 import selectors
@@ -20,8 +22,9 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from types import FrameType
@@ -31,12 +34,15 @@ from gunicorn.arbiter import Arbiter
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
 from gunicorn.http import errors as http_errors
+from gunicorn.systemd import listen_fds
+from gunicorn.util import is_ipv6
 from gunicorn.workers.gthread import TConn, ThreadWorker
 from werkzeug.exceptions import BadRequest, ClientDisconnected, RequestTimeout
 
 from config import Settings, SettingsError
-from gpt_worker.ownership import DataDirBusy, DataDirLock
-from gpt_worker.places import WEB_THREADS
+from gpt_worker.embedded import EmbeddedModelMissing, check_installed
+from gpt_worker.ownership import InUse, Ownership, check_database_file
+from gpt_worker.places import SPARE_THREADS, WEB_THREADS
 
 THREADS = WEB_THREADS
 GRACEFUL_TIMEOUT_S = 28
@@ -44,8 +50,17 @@ REFUSED = 2  # the exit status of a server that may not start
 
 HEAD_WAIT_S = 10.0  # from a connection's or request's first readiness to the end of its header block
 MAX_HEAD_BYTES = 64 * 1024
-BODY_WAIT_S = 30.0  # of silence, between two pieces of a body
-SEND_WAIT_S = 30.0  # in which a client takes nothing of its reply
+SMALL_BODY_BYTES = 64 * 1024  # collected by the main loop
+SMALL_BODY_WAIT_S = 30.0  # from the end of the head to the end of a small body
+SILENCE_S = 30.0  # in which a client sends nothing of its body, or takes nothing of its reply
+SLOWEST_BYTES_PER_S = 1024  # on average, once a thread has waited SILENCE_S for the client in all
+SLOW_AFTER_S = 2.0  # of waiting in all; a client that is slow then goes when threads are short
+SLOW_BYTES_PER_S = 16 * 1024
+LOOK_S = 0.5  # between two looks of a waiting thread at whether threads are short
+SEND_AHEAD_BYTES = 64 * 1024  # of a reply, beyond what is on its way: so a client's pace is seen
+MAX_RECEIVING = THREADS - SPARE_THREADS  # threads that read bodies
+MAX_BUSY = THREADS - SPARE_THREADS // 2  # with more requests than that at work, threads are short
+RETRY_AFTER_S = 5
 LINGER_S = 2.0  # so that the last bytes of a reply reach a client that is still sending
 QUICK_STOP_S = 1.5  # gunicorn's arbiter kills a worker 2 s after a quick shutdown was asked for
 FIRST_LOCK_WAIT_S = 2.0  # covers another server's look at the lock, not another server
@@ -83,34 +98,138 @@ def refuse(message: str) -> NoReturn:
 # The client's end
 
 
-class ClientSilent(ConnectionResetError):
-    """The client sent or took nothing for too long; to gunicorn, a client that has gone."""
+class ClientTooSlow(ConnectionResetError):
+    """The client went silent, or sent or took too little; to gunicorn, a client that has gone."""
 
     def __init__(self) -> None:
-        super().__init__(errno.ECONNRESET, "the client went silent")
+        super().__init__(errno.ECONNRESET, "the client is too slow")
 
 
 class HeadTooSlow(Exception):
     """The header block did not end in time."""
 
 
+class BodyTooSlow(Exception):
+    """The small body did not end in time."""
+
+
+class BodyCutOff(Exception):
+    """The client has stopped sending before the end of its small body."""
+
+
+class TooManyBodies(Exception):
+    """No thread is left for a body that may take long to arrive."""
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast a client sends its body, or takes its reply, while a thread waits for it.
+
+    Only the time of waiting counts, and only the bytes since the first wait: neither our own work nor a stream
+    that has little to say makes a client slow.
+    """
+
+    waited_s: float = 0.0
+    silent_s: float = 0.0
+    moved_bytes: int = 0
+
+    def waited(self, duration_s: float) -> None:
+        """The client kept a thread waiting."""
+        self.waited_s += duration_s
+        self.silent_s += duration_s
+
+    def moved(self, count_bytes: int) -> None:
+        """The client sent or took something."""
+        self.silent_s = 0.0
+        if self.waited_s:
+            self.moved_bytes += count_bytes
+
+    @property
+    def is_too_slow(self) -> bool:
+        """Whether the client has lost its thread whatever else happens."""
+        return self.silent_s >= SILENCE_S or self._is_below(SLOWEST_BYTES_PER_S, SILENCE_S)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether its thread is wanted back when threads are short."""
+        return self._is_below(SLOW_BYTES_PER_S, SLOW_AFTER_S)
+
+    def _is_below(self, bytes_per_s: int, after_s: float) -> bool:
+        return self.waited_s >= after_s and self.moved_bytes < bytes_per_s * self.waited_s
+
+
+class ThreadBudget:
+    """Which connections are with the threads, waiting ones included, and which of those still send their body."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._busy: set[socket.socket] = set()
+        self._receiving: set[socket.socket] = set()
+        self._has_refused = False  # a body, since a slow one last made room
+
+    def begin(self, sock: socket.socket) -> None:
+        """A request goes to a thread."""
+        with self._lock:
+            self._busy.add(sock)
+
+    def begin_receiving(self, sock: socket.socket) -> bool:
+        """Whether a request may go to a thread that has to read its body."""
+        with self._lock:
+            if len(self._receiving) >= MAX_RECEIVING or len(self._busy) >= MAX_BUSY:
+                self._has_refused = True
+                return False
+            self._receiving.add(sock)
+            self._busy.add(sock)
+            return True
+
+    def end_receiving(self, sock: socket.socket) -> None:
+        """The body is read."""
+        with self._lock:
+            self._receiving.discard(sock)
+
+    def end(self, sock: socket.socket) -> None:
+        """The thread is free."""
+        with self._lock:
+            self._receiving.discard(sock)
+            self._busy.discard(sock)
+
+    def let_go(self, sock: socket.socket) -> bool:
+        """Whether the thread that waits for this slow client is wanted back; it counts as free from now on."""
+        with self._lock:
+            makes_room = self._has_refused and sock in self._receiving
+            if len(self._busy) > MAX_BUSY or makes_room:
+                self._has_refused = self._has_refused and not makes_room
+                self._receiving.discard(sock)
+                self._busy.discard(sock)
+                return True
+            return False
+
+
 class ClientSocket(socket.socket):
     """A connection that no blocking read or write holds for ever.
 
-    The bounds are on silence, not on the whole: a client that keeps sending, or keeps taking, has all its time
+    The bounds are on silence and on the pace, not on the whole: a client that keeps up has all its time
     (`socket.settimeout` would bound a whole `sendall`). A timeout that somebody set goes before ours.
     """
 
+    threads: ThreadBudget
     head_deadline_s: float | None = None
 
+    def begin_request(self, head_deadline_s: float) -> None:
+        """The next bytes are a request's head, and its client's pace is unknown."""
+        self.head_deadline_s = head_deadline_s
+        self._receiving, self._sending = Pace(), Pace()
+
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
-        if flags == 0 and self.gettimeout() is None:
-            if self.head_deadline_s is None:
-                if not self._is_ready(select.POLLIN, BODY_WAIT_S):
-                    raise ClientSilent
-            elif not self._is_ready(select.POLLIN, self.head_deadline_s - time.monotonic()):
-                raise HeadTooSlow
-        return super().recv(bufsize, flags)
+        if flags != 0 or self.gettimeout() is not None:
+            return super().recv(bufsize, flags)
+        if self.head_deadline_s is None:
+            self._keep_pace(select.POLLIN, self._receiving)
+        elif not self._is_ready(select.POLLIN, self.head_deadline_s - time.monotonic()):
+            raise HeadTooSlow
+        received = super().recv(bufsize)
+        self._receiving.moved(len(received))
+        return received
 
     def sendall(self, data: Any, flags: int = 0, /) -> None:
         if self.gettimeout() is not None:
@@ -118,10 +237,23 @@ class ClientSocket(socket.socket):
             return
         left = memoryview(data).cast("B")
         while left:
-            if not self._is_ready(select.POLLOUT, SEND_WAIT_S):
-                raise ClientSilent
-            with contextlib.suppress(BlockingIOError):
-                left = left[self.send(left, flags | socket.MSG_DONTWAIT) :]
+            try:
+                sent = self.send(left, flags | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._keep_pace(select.POLLOUT, self._sending)
+            else:
+                self._sending.moved(sent)
+                left = left[sent:]
+
+    def _keep_pace(self, event: int, pace: Pace) -> None:
+        """Wait until the socket is ready. Raises ClientTooSlow."""
+        is_ready = False
+        while not is_ready:
+            began_s = time.monotonic()
+            is_ready = self._is_ready(event, LOOK_S)
+            pace.waited(time.monotonic() - began_s)
+            if pace.is_too_slow or (pace.is_slow and self.threads.let_go(self)):
+                raise ClientTooSlow
 
     def _is_ready(self, event: int, wait_s: float) -> bool:
         poll = select.poll()
@@ -132,9 +264,10 @@ class ClientSocket(socket.socket):
 class RequestBody:
     """gunicorn's body of a request, with a client's faults raised as HTTP errors that any Flask handler answers."""
 
-    def __init__(self, body: Any, length: int | None) -> None:
+    def __init__(self, body: Any, length: int | None, on_end: Callable[[], None]) -> None:
         self._body = body
         self._left = length  # None: chunked, and its end not seen
+        self._on_end = on_end
 
     @property
     def much_is_left(self) -> bool:
@@ -160,6 +293,8 @@ class RequestBody:
             self._left -= len(data)
         elif ended or not data:
             self._left = 0
+        if self._left == 0:
+            self._on_end()
         return data
 
     def __iter__(self) -> Iterator[bytes]:
@@ -178,8 +313,8 @@ def _body_length(req: Any) -> int | None:
 def _client_faults_as_http_errors() -> Iterator[None]:
     try:
         yield
-    except ClientSilent as error:
-        raise RequestTimeout(f"The body stopped coming for {BODY_WAIT_S:.0f} seconds.") from error
+    except ClientTooSlow as error:
+        raise RequestTimeout("The body stopped coming, or came too slowly.") from error
     except http_errors.ParseException as error:
         raise BadRequest("The chunks of the body are malformed.") from error
     except OSError as error:
@@ -187,11 +322,12 @@ def _client_faults_as_http_errors() -> Iterator[None]:
 
 
 class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
-    """A client's connection and what has come of its next request's head."""
+    """A client's connection and what has come of its next request: its head, and a small body behind it."""
 
     def __init__(self, cfg: Config, sock: ClientSocket, client: Any, server: Any) -> None:
         super().__init__(cfg, sock, client, server)
         self.head = bytearray()
+        self.wanted_bytes = 0  # of `head`; 0 until the head is whole
 
 
 def is_whole_head(head: bytes | bytearray, max_line_bytes: int) -> bool:
@@ -204,11 +340,36 @@ def is_whole_head(head: bytes | bytearray, max_line_bytes: int) -> bool:
     return len(head) > max_line_bytes + 4 and b"\r\n" not in head[2 : max_line_bytes + 4]
 
 
+_BY_THREAD = re.compile(rb"\r\n(?:transfer-encoding|expect):", re.IGNORECASE)
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*0*([0-9]+)[ \t]*\r\n", re.IGNORECASE)
+
+
+def collectable_bytes(begun: bytes | bytearray) -> int | None:
+    """How long a request is whose head is whole; None: its body is large, chunked or waits for "100 Continue".
+
+    What is malformed ends with its head: the parser refuses it without reading on.
+    """
+    end = begun.find(b"\r\n\r\n") + 4
+    if end < 4:
+        return 0
+    if _BY_THREAD.search(begun, 0, end):
+        return None
+    length = _LENGTH.search(begun, 0, end)
+    if length is None:
+        return end
+    if len(length[1]) > len(str(SMALL_BODY_BYTES)) or int(length[1]) > SMALL_BODY_BYTES:
+        return None
+    return end + int(length[1])
+
+
 # gunicorn's own error pages
 
 # By kind of error; the first that fits counts.
 _PARSE_PROBLEMS: dict[type[Exception], tuple[int, str]] = {
     HeadTooSlow: (408, f"The headers did not arrive within {HEAD_WAIT_S:.0f} seconds."),
+    BodyTooSlow: (408, f"The body did not arrive within {SMALL_BODY_WAIT_S:.0f} seconds."),
+    BodyCutOff: (400, "The body broke off."),
+    TooManyBodies: (503, "Too many requests with large bodies at once."),
     http_errors.LimitRequestLine: (414, "The request line is too long."),
     http_errors.LimitRequestHeaders: (431, "The headers are too large."),
     http_errors.UnsupportedTransferCoding: (501, "Only the transfer coding chunked is known."),
@@ -244,11 +405,12 @@ def render_problem(status: HTTPStatus, detail: str, request_id: str) -> bytes:
             "request_id": request_id,
         }
     ).encode()
+    retry_after = f"Retry-After: {RETRY_AFTER_S}\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
     head = (
         f"HTTP/1.1 {status.value} {status.phrase}\r\n"
         "Content-Type: application/problem+json\r\n"
         f"Content-Length: {len(body)}\r\n"
-        f"X-Request-Id: {request_id}\r\n"
+        f"X-Request-Id: {request_id}\r\n{retry_after}"
         "Connection: close\r\n\r\n"
     )
     return head.encode("ascii") + body
@@ -262,8 +424,10 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.threads = ThreadBudget()
+        self.body_conns: deque[Connection] = deque()
         self.lingering_conns: deque[Connection] = deque()
-        self.lock: DataDirLock | None = None
+        self.lock: Ownership | None = None
         self.service: Service | None = None
         self._quick_since_s: float | None = None
 
@@ -275,7 +439,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         super().init_process()
 
     def load_wsgi(self) -> None:
-        """Own DATA_DIR, build the application, start its service; a refusal is one line, and ends the arbiter too."""
+        """Own the data, build the application, start its service; a refusal is one line, and ends the arbiter too."""
         is_started = threading.Event()
         self._in_background(partial(self._notify_until, is_started), "start-heartbeat")
         try:
@@ -284,7 +448,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             service: Service = self.wsgi.extensions["gpt_worker"]
             service.start()
             self.service = service
-        except (SettingsError, DataDirBusy) as error:
+        except (SettingsError, InUse) as error:
             print(f"gpt-worker: {error}", file=sys.stderr, flush=True)
             self._leave(REFUSED)
         except Exception:
@@ -294,15 +458,15 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             is_started.set()
 
     def _own(self, settings: Settings) -> None:
-        """Take DATA_DIR's lock; after a reload the worker before this one holds it until it has stopped."""
-        lock = DataDirLock(settings.data_dir)
+        """Take the locks; after a reload the worker before this one holds them until it has stopped."""
+        lock = Ownership(settings)
         deadline_s = time.monotonic() + (FIRST_LOCK_WAIT_S if self.age == 1 else NEXT_LOCK_WAIT_S)
         while True:
             try:
                 lock.acquire(wait_s=0.5)
                 self.lock = lock
                 return
-            except DataDirBusy:
+            except InUse:
                 if not self.alive:
                     self._leave(0)
                 if time.monotonic() > deadline_s:
@@ -346,6 +510,8 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
                 raise
             return
         sock = ClientSocket(accepted.family, accepted.type, accepted.proto, fileno=accepted.detach())
+        sock.threads = self.threads
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, SEND_AHEAD_BYTES)
         self.nr_conns += 1
         self._await_head(Connection(self.cfg, sock, address, listener.getsockname()))
 
@@ -357,7 +523,8 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         self.on_pending_socket_readable(conn, client)
 
     def on_pending_socket_readable(self, conn: Connection, client: ClientSocket) -> None:
-        """Collect the head; a request goes to a thread once its head is whole."""
+        """Collect the head, and a small body after it."""
+        conns = self.body_conns if conn.wanted_bytes else self.pending_conns
         try:
             received = client.recv(READ_BYTES)
         except BlockingIOError:
@@ -365,38 +532,61 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         except OSError:
             received = b""
         conn.head += received
-        if not received:
-            self._drop(conn, self.pending_conns)
+        if not received and conn.wanted_bytes:
+            self._forget(conn, conns)
+            self._answer_error(conn, BodyCutOff())
+        elif not received:
+            self._drop(conn, conns)
+        elif conn.wanted_bytes:
+            if len(conn.head) >= conn.wanted_bytes:
+                self._forget(conn, conns)
+                self._dispatch(conn)
         elif self._is_whole(conn):
-            self._forget(conn, self.pending_conns)
-            conn.data_ready = True
-            self.enqueue_req(conn)
+            self._forget(conn, conns)
+            self._dispatch(conn)
         elif len(conn.head) > MAX_HEAD_BYTES:
-            self._forget(conn, self.pending_conns)
+            self._forget(conn, conns)
             self._answer_error(conn, http_errors.LimitRequestHeaders("head over its limit"))
 
+    def _dispatch(self, conn: Connection) -> None:
+        """Give a request whose head is whole to a thread, once its body is there too or a thread may wait for it."""
+        wanted_bytes = collectable_bytes(conn.head)
+        if wanted_bytes is not None and len(conn.head) < wanted_bytes:
+            conn.wanted_bytes = wanted_bytes
+            self._await(conn, self.body_conns, SMALL_BODY_WAIT_S)
+            return
+        conn.wanted_bytes = 0
+        if wanted_bytes is not None:
+            self.threads.begin(conn.sock)
+        elif not self.threads.begin_receiving(conn.sock):
+            self._answer_error(conn, TooManyBodies())
+            return
+        conn.data_ready = True
+        self.enqueue_req(conn)
+
     def murder_pending(self) -> None:
-        """Close connections whose head did not come in time; one that had begun to speak is told why."""
-        while self.pending_conns and self.pending_conns[0].timeout <= time.monotonic():
-            conn = self.pending_conns[0]
-            if conn.head:
-                self._forget(conn, self.pending_conns)
-                self._answer_error(conn, HeadTooSlow())
-            else:
-                self._drop(conn, self.pending_conns)
+        """Close connections whose head or small body did not come in time; one that had begun is told why."""
+        for conns, error in ((self.pending_conns, HeadTooSlow), (self.body_conns, BodyTooSlow)):
+            while conns and conns[0].timeout <= time.monotonic():
+                conn = conns[0]
+                if conn.head:
+                    self._forget(conn, conns)
+                    self._answer_error(conn, error())
+                else:
+                    self._drop(conn, conns)
 
     def handle(self, conn: Connection) -> object:
         conn.sock.setblocking(True)
         conn.init()
         conn.parser.unreader.unread(bytes(conn.head))
         conn.head.clear()
-        conn.sock.head_deadline_s = time.monotonic() + HEAD_WAIT_S
+        conn.sock.begin_request(time.monotonic() + HEAD_WAIT_S)
         return super().handle(conn)
 
     def handle_request(self, req: Any, conn: Connection) -> bool:
         conn.sock.head_deadline_s = None
         body, closes = req.body, req.should_close
-        req.body = RequestBody(body, _body_length(req))
+        req.body = RequestBody(body, _body_length(req), partial(self.threads.end_receiving, conn.sock))
         # Asked when the reply's head is written: a client that is refused with much unsent must be told of the close.
         req.should_close = lambda: closes() or req.body.much_is_left
         try:
@@ -406,12 +596,13 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             del req.should_close
 
     def finish_request(self, conn: Connection, future: "Future[Any]") -> None:
+        self.threads.end(conn.sock)
         if future.cancelled() or future.exception() is not None or not future.result():
             self._linger(conn)
             return
         conn.head += conn.parser.unreader.take_buffered()
         if self._is_whole(conn):
-            self.enqueue_req(conn)
+            self._dispatch(conn)
         elif conn.head:
             self._await_head(conn)
         else:
@@ -422,7 +613,9 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         status, detail = describe_error(exc)
         request_id = uuid.uuid4().hex
         facts = {"action": "bad_request", "status": status.value, "request_id": request_id}
-        if status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED:
+        if isinstance(exc, TooManyBodies):
+            logger.info(detail, extra=facts)
+        elif status >= HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.NOT_IMPLEMENTED:
             logger.error("A request failed outside the application.", exc_info=exc, extra=facts)
         else:
             logger.debug("A malformed request was refused: %s", detail, extra=facts)
@@ -435,9 +628,12 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         return is_whole_head(conn.head, self.cfg.limit_request_line)
 
     def _await_head(self, conn: Connection) -> None:
+        self._await(conn, self.pending_conns, HEAD_WAIT_S)
+
+    def _await(self, conn: Connection, conns: "deque[Connection]", wait_s: float) -> None:
         conn.sock.setblocking(False)
-        conn.timeout = time.monotonic() + HEAD_WAIT_S
-        self.pending_conns.append(conn)
+        conn.timeout = time.monotonic() + wait_s
+        conns.append(conn)
         callback = partial(self.on_pending_socket_readable, conn)
         self.poller.register(conn.sock, selectors.EVENT_READ, callback)
 
@@ -513,7 +709,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
 
     def _has_requests(self, began_s: float) -> bool:
         """Whether a reply is being made, or a client that has just connected may still ask for one."""
-        idle = len(self.keepalived_conns) + len(self.pending_conns)
+        idle = len(self.keepalived_conns) + len(self.pending_conns) + len(self.body_conns)
         if self.nr_conns > idle + len(self.lingering_conns):
             return True
         is_quick = self._quick_since_s is not None
@@ -598,8 +794,10 @@ def unsupported(cfg: Config) -> str | None:
         )
     if cfg.preload_app:
         return "preload is not supported, because threads do not outlive a fork: leave out --preload"
-    if cfg.worker_class_str not in (WebWorker.__name__, f"{__name__}.{WebWorker.__name__}"):
-        return f"the worker class {cfg.worker_class_str} is not supported: leave out --worker-class"
+    given = cfg.settings["worker_class"].get()  # `cfg.worker_class_str` calls sync by another name
+    worker_class = given if isinstance(given, str) else given.__name__
+    if worker_class not in (WebWorker.__name__, f"{__name__}.{WebWorker.__name__}"):
+        return f"the worker class {worker_class} is not supported: leave out --worker-class"
     if cfg.threads != THREADS:
         return f"the number of threads is fixed at {THREADS}: leave out --threads"
     if cfg.max_requests != 0:
@@ -610,23 +808,28 @@ def unsupported(cfg: Config) -> str | None:
 
 
 def take_charge(server: Arbiter, settings: Settings) -> None:
-    """Refuse a second server on DATA_DIR, and fit the arbiter's signals to a service that is one process.
+    """Refuse a start that must fail, and fit the arbiter's signals to a service that is one process.
 
-    Called before the first fork; the lock is only looked at here, the worker takes it for itself.
+    Called before the first fork; the locks are only looked at here, the worker takes them for itself.
     """
-    lock = DataDirLock(settings.data_dir)
+    listens_as_set = _address(settings) in server.address and not listen_fds(unset_environment=False)
+    lock = Ownership(settings)
     try:
         lock.acquire(wait_s=0.5)
-    except (DataDirBusy, SettingsError) as error:
+        lock.release()
+        _check_machine(settings, with_address=listens_as_set)
+    except (InUse, SettingsError) as error:
         refuse(str(error))
-    lock.release()
 
     hang_up, queue_signal = server.handle_hup, server.signal
     ending_since_s: float | None = None
 
     def reload_if_settings_are_good() -> None:
         try:
-            Settings.from_env()
+            fresh = Settings.from_env()
+            check_database_file(fresh)
+            moves = listens_as_set and _address(fresh) not in server.address
+            _check_machine(fresh, with_address=moves)
         except SettingsError as error:
             server.log.error("The reload was refused and the old settings stay: %s", error)
         else:
@@ -649,3 +852,44 @@ def take_charge(server: Arbiter, settings: Settings) -> None:
     server.handle_hup = reload_if_settings_are_good
     server.handle_ttin = refuse_more_workers
     server.signal = queue_or_hurry
+
+
+def _address(settings: Settings) -> tuple[str, int]:
+    """As it stands in gunicorn's list of addresses."""
+    return settings.host.lower(), settings.port
+
+
+def _check_machine(settings: Settings, *, with_address: bool) -> None:
+    """Raise SettingsError where this machine lacks what the settings name."""
+    if settings.embedded:
+        try:
+            check_installed(settings.model_path)
+        except EmbeddedModelMissing as error:
+            raise SettingsError(str(error)) from error
+    if with_address:
+        check_address(settings.host, settings.port)
+
+
+def check_address(host: str, port: int) -> None:
+    """Bind it as gunicorn will, and let go of it again; raises SettingsError where that fails."""
+    try:
+        with socket.socket(socket.AF_INET6 if is_ipv6(host) else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise SettingsError(explain_bind_error(error, host, port)) from error
+
+
+def explain_bind_error(error: OSError, host: str, port: int) -> str:
+    """The one line about an address that can't be listened on: which setting is wrong, and what to do."""
+    if isinstance(error, socket.gaierror):
+        return (
+            f"HOST {host} is not known ({error.strerror}): name an address of this machine, such as 0.0.0.0"
+        )
+    if error.errno == errno.EADDRINUSE:
+        return f"PORT {port} is in use on {host}: stop what listens there, or set another PORT"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"PORT {port} is not permitted to this user: set one above 1023, and put a proxy in front"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"HOST {host} is not an address of this machine: set one that is, or 0.0.0.0 for all"
+    return f"HOST {host} can't be listened on ({error.strerror}): set another, such as 0.0.0.0"

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
@@ -279,6 +279,14 @@ class Service:
                 return job
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"unfinished after {timeout_s} s: {job}\n{self.stderr()[-10_000:]}")
+            time.sleep(0.02)
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+        """Until something that only can be polled is so. Raises TimeoutError with the log."""
+        deadline_s = time.monotonic() + timeout_s
+        while not condition():
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"not so after {timeout_s} s\n{self.stderr()[-10_000:]}")
             time.sleep(0.02)
 
     def _token(self, token: str | Default | None) -> str | None:

@@ -8,6 +8,7 @@ from flask_openapi3.openapi import OpenAPI
 from gpt_worker.api import (
     access,
     accounts,
+    docs,
     events,
     health,
     jobs,
@@ -20,7 +21,7 @@ from gpt_worker.api import (
 )
 from gpt_worker.api.parsing import StrictRequest
 
-BLUEPRINTS = (jobs, events, webhooks, keys, accounts, modes, health, metrics)
+BLUEPRINTS = (jobs, events, webhooks, keys, accounts, modes, health, metrics, docs)
 
 
 class OrderedJson(DefaultJSONProvider):
@@ -40,12 +41,11 @@ def make_app(version: str) -> Flask:
     """The bare app: strict parsing, problems for errors, access denied by default."""
     app = App(
         "gpt_worker",
-        info=Info(title="gpt-worker", version=version, description="A list of prompts in, every answer out."),
-        security_schemes={"bearer": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+        info=Info(title="gpt-worker", version=version),
         validation_error_status=422,
         validation_error_model=schemas.Problem,
         validation_error_callback=problems.validation_problem,
-        doc_ui=False,
+        doc_ui=False,  # its own pages; ours are in docs.py
         static_folder=None,
     )
     app.json = OrderedJson(app)
@@ -56,7 +56,8 @@ def make_app(version: str) -> Flask:
 
 
 def register(app: Flask) -> None:
-    """Add every route."""
+    """Add every route, and describe them."""
     assert isinstance(app, OpenAPI)
     for blueprint in BLUEPRINTS:
         app.register_api(blueprint.api)
+    docs.install(app, webhooks.SENT)

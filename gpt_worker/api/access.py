@@ -57,14 +57,17 @@ POLICIES: dict[str, Access] = {
     "webhooks.list_deliveries": Access.USER,
     "webhooks.get_delivery": Access.USER,
     "webhooks.redeliver": Access.USER,
-    "webhooks.secret": Access.ADMIN,
-    "webhooks.test": Access.ADMIN,
+    "webhooks.get_webhook_secret": Access.ADMIN,
+    "webhooks.send_test_webhook": Access.ADMIN,
     "webhooks.echo": Access.SIGNED,
     "keys.list_keys": Access.ADMIN,
     "keys.check_key": Access.ADMIN,
     "health.healthz": Access.PUBLIC,
     "health.readyz": Access.PUBLIC,
     "metrics.get_metrics": Access.ADMIN_OR_LOCAL,
+    "docs.get_openapi": Access.PUBLIC,
+    "docs.get_docs": Access.PUBLIC,
+    "docs.get_docs_file": Access.PUBLIC,
 }
 
 

@@ -16,8 +16,6 @@ from gpt_worker.rendering import render_time
 T = TypeVar("T")
 Json = dict[str, Any]
 
-BEARER: list[dict[str, list[Any]]] = [{"bearer": []}]
-
 api = APIBlueprint(
     "accounts", __name__, abp_tags=[Tag(name="accounts", description="Users and their tokens")]
 )
@@ -27,7 +25,10 @@ api = APIBlueprint(
     "/register",
     summary="Open an account",
     description="The first account is the admin's; then registration is off until an admin turns it on.",
-    responses={201: schemas.RegisteredReply, **schemas.problems(403, 409, *schemas.BODY_PROBLEMS)},
+    responses={
+        201: schemas.answer("The account, and a token for 24 hours", schemas.RegisteredReply),
+        **schemas.problems(403, 409, 503, 507, *schemas.BODY_PROBLEMS),
+    },
 )
 def register(body: schemas.RegisterBody) -> tuple[Json, int]:
     user, token = service().accounts.register(body.email, body.password, body.setup_token)
@@ -38,14 +39,20 @@ def register(body: schemas.RegisterBody) -> tuple[Json, int]:
     "/login",
     summary="Log in for 24 hours",
     description="After 5 wrong passwords in 15 minutes the address is locked, for 1 s to 15 min.",
-    responses={200: schemas.LoginReply, **schemas.problems(401, 429, *schemas.BODY_PROBLEMS)},
+    responses={
+        200: schemas.answer("The token", schemas.LoginReply),
+        **schemas.problems(401, 429, 503, 507, *schemas.BODY_PROBLEMS),
+    },
 )
 def login(body: schemas.LoginBody) -> Json:
     return {"token": _render_bearer(service().accounts.login(body.email, body.password))}
 
 
 @api.post(
-    "/logout", summary="Revoke this token", security=BEARER, responses={204: None, **schemas.problems(401)}
+    "/logout",
+    summary="Revoke this token",
+    description="The token of this request ends at once.",
+    responses={204: None, **schemas.problems(507)},
 )
 def logout() -> Response:
     service().accounts.logout(token_id(), user_id())
@@ -56,8 +63,10 @@ def logout() -> Response:
     "/tokens",
     summary="Make a token for scripts",
     description="Its text is shown this once.",
-    security=BEARER,
-    responses={201: schemas.NewTokenReply, **schemas.problems(401, *schemas.BODY_PROBLEMS)},
+    responses={
+        201: schemas.answer("The token", schemas.NewTokenReply),
+        **schemas.problems(507, *schemas.BODY_PROBLEMS),
+    },
 )
 def create_token(body: schemas.TokenBody) -> tuple[Json, int]:
     token = service().accounts.create_api_token(user_id(), body.name, body.expires_in_days)
@@ -72,8 +81,8 @@ def create_token(body: schemas.TokenBody) -> tuple[Json, int]:
 @api.get(
     "/tokens",
     summary="One's own tokens for scripts",
-    security=BEARER,
-    responses={200: schemas.TokensReply, **schemas.problems(401, 422)},
+    description="Newest first, without their texts.",
+    responses={200: schemas.answer("A page of tokens", schemas.TokensReply)},
 )
 def list_tokens(query: schemas.ListQuery) -> Json:
     page = service().accounts.list_api_tokens(user_id(), before=query.cursor, limit=query.limit)
@@ -83,8 +92,8 @@ def list_tokens(query: schemas.ListQuery) -> Json:
 @api.delete(
     "/tokens/<id>",
     summary="Revoke a token of one's own",
-    security=BEARER,
-    responses={204: None, **schemas.problems(401, 404)},
+    description="It ends at once.",
+    responses={204: None, **schemas.problems(507)},
 )
 def delete_token(path: schemas.IdPath) -> Response:
     service().accounts.delete_token(user_id(), path.id)
@@ -94,8 +103,8 @@ def delete_token(path: schemas.IdPath) -> Response:
 @api.get(
     "/me",
     summary="One's own account",
-    security=BEARER,
-    responses={200: schemas.UserReply, **schemas.problems(401)},
+    description="Whose token this is.",
+    responses={200: schemas.answer("The account", schemas.UserReply)},
 )
 def get_me() -> Json:
     return _render_user(service().accounts.me(user_id()))
@@ -105,8 +114,7 @@ def get_me() -> Json:
     "/me/password",
     summary="Change one's password",
     description="Ends every other token of the account. A wrong old password is a 403.",
-    security=BEARER,
-    responses={204: None, **schemas.problems(401, 403, 429, *schemas.BODY_PROBLEMS)},
+    responses={204: None, **schemas.problems(403, 429, 507, *schemas.BODY_PROBLEMS)},
 )
 def change_password(body: schemas.PasswordBody) -> Response:
     service().accounts.change_password(user_id(), token_id(), body.old, body.new)
@@ -116,8 +124,8 @@ def change_password(body: schemas.PasswordBody) -> Response:
 @api.get(
     "/users",
     summary="All accounts (admin)",
-    security=BEARER,
-    responses={200: schemas.UsersReply, **schemas.problems(401, 403, 422)},
+    description="Newest first.",
+    responses={200: schemas.answer("A page of accounts", schemas.UsersReply)},
 )
 def list_users(query: schemas.ListQuery) -> Json:
     page = service().accounts.list_users(before=query.cursor, limit=query.limit)
@@ -127,8 +135,11 @@ def list_users(query: schemas.ListQuery) -> Json:
 @api.patch(
     "/users/<id>",
     summary="Give a role, disable or enable (admin)",
-    security=BEARER,
-    responses={200: schemas.ManagedUserReply, **schemas.problems(401, 403, 404, 409, *schemas.BODY_PROBLEMS)},
+    description="The last enabled admin stays one: 409.",
+    responses={
+        200: schemas.answer("The account as it is now", schemas.ManagedUserReply),
+        **schemas.problems(409, 507, *schemas.BODY_PROBLEMS),
+    },
 )
 def change_user(path: schemas.IdPath, body: schemas.UserPatchBody) -> Json:
     return _render_managed_user(
@@ -139,12 +150,11 @@ def change_user(path: schemas.IdPath, body: schemas.UserPatchBody) -> Json:
 @api.delete(
     "/users/<id>",
     summary="Delete an account (admin)",
-    description="Its tokens end at once; its jobs stay, without an owner.",
-    security=BEARER,
-    responses={204: None, **schemas.problems(401, 403, 404, 409)},
+    description="Its tokens end at once; its jobs become yours. Nobody can delete their own account.",
+    responses={204: None, **schemas.problems(409, 507)},
 )
 def delete_user(path: schemas.IdPath) -> Response:
-    service().accounts.delete_user(path.id)
+    service().accounts.delete_user(path.id, user_id())
     return Response(status=204)
 
 

@@ -15,7 +15,7 @@ from gpt_worker import rendering
 from gpt_worker.api import schemas
 from gpt_worker.api.access import caller
 from gpt_worker.api.context import service
-from gpt_worker.api.jobs import TOKEN_OR_OPEN, _client_left
+from gpt_worker.api.jobs import _client_left
 from gpt_worker.domain import Caller
 from gpt_worker.errors import NotFound, Unavailable
 from gpt_worker.progress import Event, follow
@@ -50,13 +50,10 @@ api = APIBlueprint("events", __name__, abp_tags=[Tag(name="jobs")])
         "job, without its results. A stream that ends without it, as at a restart, is to be opened again. "
         "`tasks_per_s` and `eta_s` are null while nobody can say."
     ),
-    security=TOKEN_OR_OPEN,
     responses={
-        200: {
-            "description": "The events, until the job is finished",
-            "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EXAMPLE}},
-        },
-        **schemas.problems(401, 404, 503),
+        200: schemas.content(
+            "The events, until the job is finished", {"text/event-stream": schemas.text(EXAMPLE)}
+        )
     },
 )
 def get_events(path: schemas.IdPath) -> Response:

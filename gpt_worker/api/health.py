@@ -24,20 +24,24 @@ api = APIBlueprint(
 
 
 class HealthReply(schemas.Reply):
+    """What is running here."""
+
     status: str = Field(examples=["ok"])
     upstream: str = Field(description="Where answers come from", examples=["https://api.openai.com/v1"])
-    model: str = Field(description="The default model")
-    keys: int = Field(description="How many API keys there are")
+    model: str = Field(description="The default model", examples=["gpt-5.4-mini"])
+    keys: int = Field(description="How many API keys there are", examples=[2])
     embedded: bool = Field(description="Whether the embedded model answers, since there is no API key")
-    version: str
+    version: str = Field(description="Of gpt-worker", examples=["0.1.0"])
 
 
 class ReadyReply(schemas.Reply):
+    """It takes work."""
+
     status: str = Field(examples=["ready"])
-    degraded: list[str] = Field(description="What does not work, though the service does")
+    degraded: list[str] = Field(description="What does not work, though the service does", examples=[[]])
 
 
-@api.get("/healthz", summary="Alive", responses={200: HealthReply})
+@api.get("/healthz", summary="Alive", responses={200: schemas.answer("It is", HealthReply)})
 def healthz() -> Json:
     """Answers as long as the process does."""
     parts = service()
@@ -53,7 +57,11 @@ def healthz() -> Json:
     }
 
 
-@api.get("/readyz", summary="Ready to work", responses={200: ReadyReply, **schemas.problems(503)})
+@api.get(
+    "/readyz",
+    summary="Ready to work",
+    responses={200: schemas.answer("It is", ReadyReply), **schemas.problems(503)},
+)
 def readyz() -> Json | Response:
     """503 with the reason while work can't be accepted; `degraded` while it can, but not all is well."""
     parts = service()

@@ -5,14 +5,25 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from gpt_worker.api.schemas import Body, Id, ListQuery, NextCursor, Query, Reply, Time
+from config import MAX_MODEL_LENGTH, MODEL_PATTERN
+from gpt_worker.api.schemas import (
+    EXAMPLE_EMAIL,
+    EXAMPLE_TIME,
+    Body,
+    Id,
+    ListQuery,
+    NextCursor,
+    Query,
+    Reply,
+    Time,
+)
 from gpt_worker.domain import DeliveryMode, ErrorCode
 
 MAX_DEADLINE_S = 90 * 86_400
 StatusName = Literal["queued", "running", "succeeded", "partial", "failed", "cancelled"]
 OLD_NAMES = {"gpt_type": "model", "maxTokenCount": "max_chunk_tokens"}
 
-Model = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[\x21-\x7e]+$")]
+Model = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_LENGTH, pattern=MODEL_PATTERN)]
 ChunkTokens = Annotated[int, Field(ge=1, le=1_000_000_000)]
 
 
@@ -77,32 +88,66 @@ class JobSettingsBody(Body):
 
 
 class ChatMessage(Reply):
-    """One message in OpenAI's form."""
+    """One message in OpenAI's form; what else is in it is the provider's to judge."""
 
-    role: str = Field(examples=["user"])
-    content: Any = Field(None, examples=["Say hello"])
+    model_config = ConfigDict(extra="allow")
 
-
-class MessagesTask(Reply):
-    messages: list[ChatMessage]
+    role: str = Field(description="Who says it", examples=["user"])
+    content: Any = Field(None, description="What is said", examples=["Say hello."])
 
 
-class VariablesTask(Reply):
+class _ObjectTask(Body):
+    id: str | None = Field(
+        None, min_length=1, max_length=200, description="In a list: the task's id, in place of its number"
+    )
+
+
+class TextTask(_ObjectTask):
+    """A text that brings its id."""
+
+    text: str = Field(min_length=1, examples=["Say hello."])
+
+
+class MessagesTask(_ObjectTask):
+    """A conversation so far."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+
+
+class VariablesTask(_ObjectTask):
     """The variables of the job's template."""
 
-    vars: dict[str, str | int | float | bool] = Field(examples=[{"lang": "French", "text": "good night"}])
+    vars: dict[str, str | int | float | bool] = Field(
+        description="By name", examples=[{"lang": "French", "text": "good night"}]
+    )
 
 
-class JobBody(Reply):
+Task = Annotated[str, Field(min_length=1)] | TextTask | MessagesTask | VariablesTask
+MetadataBody = Annotated[
+    dict[str, Annotated[str, Field(max_length=512)]] | None,
+    Field(description="Up to 16 texts, echoed in the job and its webhook", examples=[{"batch": "42"}]),
+]
+
+
+class JobBody(Body):
     """A job: tasks by id, and how to ask them."""
 
-    data: dict[str, str | MessagesTask | VariablesTask] | list[str | MessagesTask | VariablesTask] = Field(
-        description="id → task, in the order of the answers; or a list of tasks, with the ids 0, 1, … or their own",
-        examples=[{"greet": "Translate to French: good morning", "bye": "Translate to French: good night"}],
+    data: Annotated[dict[str, Task], Field(min_length=1)] | Annotated[list[Task], Field(min_length=1)] = (
+        Field(
+            description="id → task, in the order of the answers; or a list of tasks, with the ids 0, 1, … or their own"
+        )
     )
     settings: JobSettingsBody | None = None
-    metadata: dict[str, str] | None = Field(
-        None, description="Up to 16 texts, echoed in the job and its webhook", examples=[{"batch": "42"}]
+    metadata: MetadataBody = None
+
+
+class JobForm(Body):
+    """A job as a form: a file of tasks, and how to ask them."""
+
+    settings: JobSettingsBody | None = None
+    metadata: MetadataBody = None
+    file: bytes = Field(
+        description="CSV or JSONL, by the part's content type or the ending of its name; also gzipped (.gz)"
     )
 
 
@@ -134,6 +179,8 @@ class ResultsQuery(Query):
 
 
 class RetryBody(Body):
+    """Which tasks to ask again; without it, all that have no answer."""
+
     codes: list[Annotated[ErrorCode, Field(strict=False)]] | None = Field(
         None,
         min_length=1,
@@ -143,27 +190,35 @@ class RetryBody(Body):
 
 
 class Counts(Reply):
-    total: int
-    answered: int
-    failed: int
-    pending: int
+    """How far the tasks are."""
+
+    total: int = Field(examples=[2])
+    answered: int = Field(examples=[2])
+    failed: int = Field(examples=[0])
+    pending: int = Field(examples=[0])
 
 
 class UsageReply(Reply):
-    requests: int = Field(description="Calls sent for the job, failed ones too")
-    prompt_tokens: int = Field(description="Of the replies that told their usage")
-    completion_tokens: int
+    """What the job has used."""
+
+    requests: int = Field(description="Calls sent for the job, failed ones too", examples=[2])
+    prompt_tokens: int = Field(description="Of the replies that told their usage", examples=[31])
+    completion_tokens: int = Field(description="Of the replies that told their usage", examples=[9])
 
 
 class TaskError(Reply):
-    code: ErrorCode
-    message: str
-    attempts: int = Field(description="Charged tries")
+    """Why a task has no answer."""
+
+    code: ErrorCode = Field(description="The kind; the list may grow")
+    message: str = Field(description="In a sentence", examples=["The call took longer than 300 s."])
+    attempts: int = Field(description="Charged tries", examples=[4])
 
 
 class WaitingReply(Reply):
+    """Why nothing moves."""
+
     reason: str = Field(examples=["no usable key"])
-    until: str | None = Field(description="RFC 3339, if it is known")
+    until: str | None = Field(description="RFC 3339, if it is known", examples=[EXAMPLE_TIME])
 
 
 class JobReply(Reply):
@@ -171,40 +226,49 @@ class JobReply(Reply):
 
     id: Id
     status: StatusName
-    run: int = Field(description="1, and one more with each retry")
-    model: str
-    delivery: DeliveryMode
-    owner: str | None = Field(description="The owner's address; null: nobody's")
-    metadata: dict[str, str]
-    waiting: WaitingReply | None = Field(description="Why nothing moves")
+    run: int = Field(description="1, and one more with each retry", examples=[1])
+    model: str = Field(description="Which model answers", examples=["gpt-5.4-mini"])
+    delivery: DeliveryMode = Field(description="How the results are delivered")
+    owner: str | None = Field(description="The owner's address; null: nobody's", examples=[EXAMPLE_EMAIL])
+    metadata: dict[str, str] = Field(description="As submitted", examples=[{"batch": "42"}])
+    waiting: WaitingReply | None = Field(description="Why nothing moves", examples=[None])
     counts: Counts
     usage: UsageReply
     results: dict[str, str | None] | None = Field(
-        description="Every id, in the order of `data`; null: no answer"
+        description="Every id, in the order of `data`; null: no answer. The whole is null where it is left out",
+        examples=[{"capital": "Paris", "greeting": "Hello!"}],
     )
-    errors: dict[str, TaskError] | None = Field(description="Why a task has no answer")
-    finish_reasons: dict[str, str] | None = Field(description='Those that are not "stop"')
-    results_url: str | None = Field(description="Where the results are when they don't fit here")
+    errors: dict[str, TaskError] | None = Field(description="Why a task has no answer", examples=[{}])
+    finish_reasons: dict[str, str] | None = Field(
+        description='Those that are not "stop"', examples=[{"greeting": "length"}]
+    )
+    results_url: str | None = Field(
+        description="Where the results are when they don't fit here", examples=[None]
+    )
     created_at: Time
-    started_at: str | None
-    finished_at: str | None
+    started_at: str | None = Field(description="When the first call was sent", examples=[EXAMPLE_TIME])
+    finished_at: str | None = Field(description="When the last task was decided", examples=[EXAMPLE_TIME])
 
 
 class DryRunReply(Reply):
     """What a job would be; nothing is stored."""
 
-    dry_run: bool
-    tasks: int
-    chunks: int
-    estimated_prompt_tokens: int
-    estimated_seconds: float | None = Field(description="null while no limit is known yet")
+    dry_run: bool = Field(description="Always true", examples=[True])
+    tasks: int = Field(examples=[2])
+    chunks: int = Field(description="Slices that are handed to threads", examples=[1])
+    estimated_prompt_tokens: int = Field(examples=[31])
+    estimated_seconds: float | None = Field(description="null while no limit is known yet", examples=[1.5])
 
 
 class JobsReply(Reply):
+    """A page of jobs."""
+
     data: list[JobReply] = Field(description="Newest first, without results")
     next_cursor: NextCursor
 
 
 class ResultsReply(Reply):
-    results: dict[str, str | None]
-    errors: dict[str, TaskError]
+    """Results and errors, without the job."""
+
+    results: dict[str, str | None] = Field(description="Every id, in the order of `data`; null: no answer")
+    errors: dict[str, TaskError] = Field(description="Why a task has no answer")

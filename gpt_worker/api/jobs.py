@@ -13,8 +13,8 @@ from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from gpt_worker import rendering
+from gpt_worker.api import examples, schemas
 from gpt_worker.api import job_schemas as shapes
-from gpt_worker.api import schemas
 from gpt_worker.api.access import by_link, caller
 from gpt_worker.api.context import service
 from gpt_worker.api.upload_query import UploadQuery
@@ -29,7 +29,6 @@ from gpt_worker.splitting import chunk_limit, split
 Json = dict[str, Any]
 Answer = tuple[Json, int, dict[str, str]]
 
-TOKEN_OR_OPEN: list[dict[str, list[Any]]] = [{"bearer": []}, {}]
 MAX_KEY_LENGTH = 255
 RESULT_FORMS: dict[str, tuple[str, Callable[..., Iterator[bytes]]]] = {
     "json": ("application/json", rendering.results_json),
@@ -41,19 +40,58 @@ SUBMIT: Json = {
     "description": (
         "Inline: the reply is the finished job (200), or 202 with `Location` when it takes longer than INLINE_WAIT_S "
         "or `Prefer: wait=N`, or at once with `Prefer: respond-async`. Webhook: 202 at once, the result by POST later. "
-        "With `Idempotency-Key` the same request gives the same job again."
+        "With `Idempotency-Key` the same request gives the same job again.\n\n"
+        "With a file as the body the settings go into the query; with JSON and in a form they don't. "
+        "Every body may come with `Content-Encoding: gzip`."
     ),
-    "security": TOKEN_OR_OPEN,
     "responses": {
-        200: shapes.JobReply,
-        202: shapes.JobReply,
-        **schemas.problems(401, 409, 503, 507, *schemas.BODY_PROBLEMS),
+        200: schemas.content(
+            "The finished job; with `dry_run=true` what it would be",
+            {
+                "application/json": {
+                    "schema": {"anyOf": [schemas.shape(shapes.JobReply), schemas.shape(shapes.DryRunReply)]}
+                }
+            },
+            "Idempotency-Replayed",
+        ),
+        202: schemas.answer(
+            "The job, not finished yet, without results", shapes.JobReply, "Location", "Idempotency-Replayed"
+        ),
+        **schemas.problems(409, 507, *schemas.BODY_PROBLEMS),
     },
     "openapi_extensions": {
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobBody"}}},
-        }
+            "content": {
+                "application/json": {"schema": schemas.shape(shapes.JobBody), "examples": examples.JOBS},
+                "multipart/form-data": {
+                    "schema": schemas.shape(shapes.JobForm),
+                    "example": examples.FORM,
+                    "encoding": {
+                        "settings": {"contentType": "application/json"},
+                        "metadata": {"contentType": "application/json"},
+                        "file": {"contentType": "text/csv, application/jsonl, application/x-ndjson"},
+                    },
+                },
+                "text/csv": schemas.text(examples.CSV),
+                "application/jsonl": schemas.text(examples.JSONL),
+                "application/x-ndjson": schemas.text(examples.JSONL),
+            },
+        },
+        schemas.HEADER_PARAMETERS: [
+            {
+                "name": "Prefer",
+                "in": "header",
+                "description": "`respond-async`: 202 at once; `wait=N`: after N seconds at the latest (RFC 7240)",
+                "schema": {"type": "string"},
+            },
+            {
+                "name": "Idempotency-Key",
+                "in": "header",
+                "description": "For 24 hours, this key and request give this job",
+                "schema": {"type": "string", "minLength": 1, "maxLength": MAX_KEY_LENGTH},
+            },
+        ],
     },
 }
 
@@ -88,8 +126,7 @@ def _submit(query: UploadQuery) -> Json | Answer:
 @api.get(
     "/jobs",
     summary="One's own jobs",
-    security=TOKEN_OR_OPEN,
-    responses={200: shapes.JobsReply, **schemas.problems(401, 403, 422)},
+    responses={200: schemas.answer("A page of jobs", shapes.JobsReply), **schemas.problems(403)},
 )
 def list_jobs(query: shapes.JobsQuery) -> Json:
     """Newest first, without results."""
@@ -110,8 +147,7 @@ def list_jobs(query: shapes.JobsQuery) -> Json:
 @api.get(
     "/jobs/<id>",
     summary="A job",
-    security=TOKEN_OR_OPEN,
-    responses={200: shapes.JobReply, **schemas.problems(401, 404, 422)},
+    responses={200: schemas.answer("The job", shapes.JobReply)},
 )
 def get_job(path: schemas.IdPath, query: shapes.JobQuery) -> Json:
     """The job as it stands now."""
@@ -122,8 +158,21 @@ def get_job(path: schemas.IdPath, query: shapes.JobQuery) -> Json:
     "/jobs/<id>/results",
     summary="A job's results",
     description="Streamed in the order of `data`, also while the job runs; jsonl and csv give what is decided so far.",
-    security=TOKEN_OR_OPEN,
-    responses={200: shapes.ResultsReply, **schemas.problems(401, 404, 422, 503)},
+    responses={
+        200: schemas.content(
+            "The results in the form that was asked for",
+            {
+                "application/json": {
+                    "schema": schemas.shape(shapes.ResultsReply),
+                    "example": examples.RESULTS_JSON,
+                },
+                "application/jsonl": schemas.text(examples.RESULTS_JSONL),
+                "text/csv": schemas.text(examples.RESULTS_CSV),
+            },
+            "Content-Disposition",
+        ),
+        **schemas.problems(403),
+    },
 )
 def get_results(path: schemas.IdPath, query: shapes.ResultsQuery) -> Response:
     """The results as a file."""
@@ -150,8 +199,11 @@ def get_results(path: schemas.IdPath, query: shapes.ResultsQuery) -> Response:
     "/jobs/<id>",
     summary="Cancel or delete a job",
     description="Cancelled: nothing new is sent; calls in flight still land and are kept. `?purge=true`: gone.",
-    security=TOKEN_OR_OPEN,
-    responses={200: shapes.JobReply, 204: None, **schemas.problems(401, 404, 422)},
+    responses={
+        200: schemas.answer("The cancelled job, or the finished one as it was", shapes.JobReply),
+        204: None,
+        **schemas.problems(507),
+    },
 )
 def cancel_job(path: schemas.IdPath, query: shapes.PurgeQuery) -> Json | Response:
     """Cancel a job, or delete it."""
@@ -167,16 +219,15 @@ def cancel_job(path: schemas.IdPath, query: shapes.PurgeQuery) -> Json | Respons
     "/jobs/<id>/retry",
     summary="Ask the tasks without an answer again",
     description="Ends in a new webhook. 200, unchanged, if there is nothing to retry.",
-    security=TOKEN_OR_OPEN,
     responses={
-        200: shapes.JobReply,
-        202: shapes.JobReply,
-        **schemas.problems(401, 404, 409, 507, *schemas.BODY_PROBLEMS),
+        200: schemas.answer("The job, unchanged: there is nothing to retry", shapes.JobReply),
+        202: schemas.answer("The job in its next run, without results", shapes.JobReply, "Location"),
+        **schemas.problems(409, 507, *schemas.BODY_PROBLEMS),
     },
     openapi_extensions={
         "requestBody": {
             "required": False,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RetryBody"}}},
+            "content": {"application/json": {"schema": schemas.shape(shapes.RetryBody)}},
         }
     },
 )

@@ -13,7 +13,6 @@ from gpt_worker.keys import KeyReport
 from gpt_worker.rendering import render_time
 
 Json = dict[str, Any]
-BEARER: list[dict[str, list[Any]]] = [{"bearer": []}]
 
 api = APIBlueprint(
     "keys", __name__, abp_tags=[Tag(name="keys", description="The API keys and how they fare")]
@@ -21,16 +20,20 @@ api = APIBlueprint(
 
 
 class KeyPath(BaseModel):
-    number: int = Field(ge=0, description="The number of GPT_KEY_<n>")
+    number: int = Field(ge=0, description="The number of GPT_KEY_<n>", json_schema_extra={"example": 0})
 
 
 class LastErrorReply(schemas.Reply):
-    code: str
+    """What went wrong with a key at last."""
+
+    code: str = Field(examples=["rate_limited"])
     message: str
     at: schemas.Time
 
 
 class LimitsReply(schemas.Reply):
+    """A model's limits on a key."""
+
     requests: int | None = Field(description="Of the window, as the endpoint told")
     requests_remaining: int | None
     tokens: int | None
@@ -41,22 +44,24 @@ class KeyReply(schemas.Reply):
     """An API key; never the key itself."""
 
     name: str = Field(examples=["key 0"])
-    tail: str = Field(description="Its last 4 characters")
-    base_url: str
+    tail: str = Field(description="Its last 4 characters", examples=["x7Qd"])
+    base_url: str = Field(examples=["https://api.openai.com/v1"])
     group: str | None = Field(description="organisation/project: keys of one group share limits and quota")
     state: str = Field(description="ready, resting, out of quota or refused", examples=["ready"])
-    until: str | None
-    in_flight: int
-    threads: int
+    until: str | None = Field(description="When it is tried again, if that is known")
+    in_flight: int = Field(description="Calls that have no reply yet", examples=[3])
+    threads: int = Field(description="The most calls at once, now", examples=[8])
     bound_by: str | None = Field(description="requests, tokens, threads, or null: what holds it back")
-    requests: int
-    tokens: int
-    rate_limited: int
+    requests: int = Field(description="Calls since the start", examples=[1200])
+    tokens: int = Field(description="Tokens since the start", examples=[340000])
+    rate_limited: int = Field(description="429s since the start", examples=[0])
     limits: dict[str, LimitsReply] = Field(description="By model, as learned from the endpoint")
     last_error: LastErrorReply | None
 
 
 class KeysReply(schemas.Reply):
+    """All keys, on one page."""
+
     data: list[KeyReply]
     next_cursor: schemas.NextCursor
 
@@ -64,8 +69,7 @@ class KeysReply(schemas.Reply):
 @api.get(
     "/keys",
     summary="The API keys (admin)",
-    security=BEARER,
-    responses={200: KeysReply, **schemas.problems(401, 403)},
+    responses={200: schemas.answer("Every key", KeysReply)},
 )
 def list_keys() -> Json:
     """Every key and how it fares."""
@@ -76,8 +80,7 @@ def list_keys() -> Json:
     "/keys/<int:number>/check",
     summary="Try a key now (admin)",
     description="Asks the endpoint for its models with this key; a key that works is used again.",
-    security=BEARER,
-    responses={200: KeyReply, **schemas.problems(401, 403, 404)},
+    responses={200: schemas.answer("The key after the try", KeyReply)},
 )
 def check_key(path: KeyPath) -> Json:
     """Try a key."""

@@ -45,14 +45,7 @@ def install(app: Flask) -> None:
         "Prometheus' text format. Without a token for requests from the machine itself that came through no proxy: "
         "from a loopback address, without Forwarded, X-Forwarded-…, X-Real-IP and Via."
     ),
-    security=[{"bearer": []}, {}],
-    responses={
-        200: {
-            "description": "Every metric",
-            "content": {"text/plain": {"schema": {"type": "string"}, "example": EXAMPLE}},
-        },
-        **schemas.problems(401, 403),
-    },
+    responses={200: schemas.content("Every metric", {"text/plain": schemas.text(EXAMPLE)})},
 )
 def get_metrics() -> Response:
     """The service in numbers."""

@@ -17,8 +17,8 @@ api = APIBlueprint("modes", __name__, abp_tags=[Tag(name="modes", description="T
 @api.get(
     "/settings",
     summary="The modes",
-    security=[{"bearer": []}, {}],
-    responses={200: schemas.SettingsReply, **schemas.problems(401)},
+    description="How jobs are delivered, who may register, and whether a token is asked for.",
+    responses={200: schemas.answer("The modes", schemas.SettingsReply)},
 )
 def get_settings() -> Json:
     return _render(service().modes.current())
@@ -28,8 +28,10 @@ def get_settings() -> Json:
     "/settings",
     summary="Change modes (admin)",
     description="Takes effect at once and outlives a restart; what is left out stays as it is.",
-    security=[{"bearer": []}],
-    responses={200: schemas.SettingsReply, **schemas.problems(401, 403, *schemas.BODY_PROBLEMS)},
+    responses={
+        200: schemas.answer("All modes as they are now", schemas.SettingsReply),
+        **schemas.problems(507, *schemas.BODY_PROBLEMS),
+    },
 )
 def change_settings(body: schemas.SettingsPatchBody) -> Json:
     return _render(service().modes.change(body.delivery, body.registration, body.auth))

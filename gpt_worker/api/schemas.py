@@ -14,6 +14,9 @@ EXAMPLE_ID = "019ab2f6c3d04e5f60718293a4b5c6d7"
 EXAMPLE_TIME = "2026-01-31T12:00:00.000Z"
 EXAMPLE_EMAIL = "ada@example.org"
 EXAMPLE_PASSWORD = "correct horse battery staple"
+EXAMPLE_NEW_PASSWORD = "staple battery horse correct"
+
+Responses = dict[str | int | Any, Any]
 
 
 class Body(BaseModel):
@@ -65,37 +68,59 @@ class ProblemError(Reply):
     msg: str = Field(description="What is wrong", examples=["is required"])
 
 
-PROBLEM_CONTENT = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 PROBLEM_DESCRIPTIONS = {
     400: "The body is malformed",
     401: "No token, or not a good one",
     403: "Not allowed",
     404: "No such thing, or not yours",
+    408: "The body did not come in time",
     409: "Not in a state in which this can be done",
     413: "Over a limit, which the detail names",
     415: "Not a content type that is taken; the detail says which header to send",
     422: "The input breaks a rule; see `errors`",
     429: "Too often; come back after `Retry-After` seconds",
+    500: "A bug; the log knows more under the request's id",
     503: "Not now; come back after `Retry-After` seconds",
     507: "The disk is low",
 }
+BODY_PROBLEMS = (400, 408, 413, 415, 422)
+HEADER_PARAMETERS = "x-header-parameters"
 
 
-def problems(*statuses: int) -> dict[str | int | Any, Any]:
-    """The documentation of the problems that an operation may answer with."""
-    return {
-        str(status): {"description": PROBLEM_DESCRIPTIONS[status], "content": PROBLEM_CONTENT}
-        for status in statuses
-    }
+def problems(*statuses: int) -> Responses:
+    """The documentation of problems that an operation may answer with, beside those that follow from who may use it."""
+    return {str(status): {"description": PROBLEM_DESCRIPTIONS[status]} for status in statuses}
 
 
-BODY_PROBLEMS = (400, 413, 415, 422)
+def answer(description: str, model: type["Reply"], *headers: str) -> dict[str, Any]:
+    """The documentation of a good JSON answer."""
+    return content(description, {"application/json": {"schema": shape(model)}}, *headers)
+
+
+def content(description: str, forms: dict[str, Any], *headers: str) -> dict[str, Any]:
+    """The documentation of a good answer in these forms, by content type."""
+    return {"description": description, "headers": header(*headers), "content": forms}
+
+
+def text(example: str) -> dict[str, Any]:
+    """The documentation of a text in one of the forms of an answer or a body."""
+    return {"schema": {"type": "string"}, "example": example}
+
+
+def shape(model: type[BaseModel]) -> dict[str, str]:
+    """The reference to a shape."""
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def header(*names: str) -> dict[str, Any]:
+    """The references to headers of an answer."""
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
 class IdPath(BaseModel):
     """The id in a path."""
 
-    id: str = Field(description="The id", json_schema_extra={"example": EXAMPLE_ID})
+    id: str = Field(description="The id")
 
 
 class ListQuery(Query):
@@ -106,7 +131,6 @@ class ListQuery(Query):
         None,
         pattern="^[0-9a-f]{32}$",
         description="The `next_cursor` of the page before",
-        json_schema_extra={"example": EXAMPLE_ID},
     )
 
 
@@ -120,6 +144,8 @@ Password = Annotated[str, Field(description="The password", examples=[EXAMPLE_PA
 
 
 class RegisterBody(Body):
+    """A new account."""
+
     email: Email
     password: NewPassword
     setup_token: str | None = Field(
@@ -128,30 +154,42 @@ class RegisterBody(Body):
 
 
 class LoginBody(Body):
+    """Who logs in."""
+
     email: Email
     password: Password
 
 
 class TokenBody(Body):
+    """A token to be made."""
+
     name: str = Field(min_length=1, max_length=200, description="What it is for", examples=["nightly import"])
     expires_in_days: int | None = Field(None, ge=1, le=3650, description="Without it, no end", examples=[90])
 
 
 class PasswordBody(Body):
+    """The old password and the new one."""
+
     old: Password
-    new: NewPassword
+    new: NewPassword = Field(examples=[EXAMPLE_NEW_PASSWORD])
 
 
 class UserPatchBody(Body):
+    """What to change of an account; the rest stays."""
+
     role: Role | None = Field(None, strict=False, description="A new role")
-    disabled: bool | None = Field(None, description="true ends the user's tokens at once, and no login works")
+    disabled: bool | None = Field(
+        None, description="true ends the user's tokens at once, and no login works", examples=[False]
+    )
 
 
 class SettingsPatchBody(Body):
+    """Which modes to change; the rest stay."""
+
     delivery: DeliveryMode | None = Field(
         None, strict=False, description="How jobs are delivered from now on"
     )
-    registration: bool | None = Field(None, description="Whether anybody may register")
+    registration: bool | None = Field(None, description="Whether anybody may register", examples=[True])
     auth: bool | None = Field(None, description="Whether a token is asked for; false is for a closed network")
 
 
@@ -183,11 +221,15 @@ class BearerReply(Reply):
 
 
 class RegisteredReply(Reply):
+    """A new account, logged in."""
+
     user: UserReply
     token: BearerReply
 
 
 class LoginReply(Reply):
+    """A token for 24 hours."""
+
     token: BearerReply
 
 
@@ -216,11 +258,15 @@ NextCursor = Annotated[
 
 
 class TokensReply(Reply):
+    """A page of tokens."""
+
     data: list[TokenReply] = Field(description="Newest first")
     next_cursor: NextCursor
 
 
 class UsersReply(Reply):
+    """A page of accounts."""
+
     data: list[ManagedUserReply] = Field(description="Newest first")
     next_cursor: NextCursor
 

@@ -11,6 +11,7 @@ from werkzeug.exceptions import RequestEntityTooLarge
 from gpt_worker.api import schemas
 from gpt_worker.api.access import caller
 from gpt_worker.api.context import service
+from gpt_worker.api.job_schemas import JobReply
 from gpt_worker.domain import DeliveryStatus
 from gpt_worker.errors import TooLarge, Unauthenticated
 from gpt_worker.rendering import render_time
@@ -19,7 +20,6 @@ from gpt_worker.store.deliveries import DeliveryRecord
 
 Json = dict[str, Any]
 
-BEARER: list[dict[str, list[Any]]] = [{"bearer": []}]
 EXAMPLE_ID = f"msg_{schemas.EXAMPLE_ID}"
 
 api = APIBlueprint(
@@ -28,7 +28,7 @@ api = APIBlueprint(
 
 
 class DeliveryPath(schemas.IdPath):
-    id: str = Field(description="The delivery's id", json_schema_extra={"example": EXAMPLE_ID})
+    id: str = Field(description="The delivery's id")
 
 
 class DeliveryQuery(schemas.Query):
@@ -42,60 +42,127 @@ class DeliveryQuery(schemas.Query):
 
 
 class AttemptReply(schemas.Reply):
+    """One try to deliver."""
+
     number: int = Field(description="1 for the first")
-    sent_at: str
-    took_s: float
+    sent_at: schemas.Time
+    took_s: float = Field(description="Seconds until the reply, or until there was none", examples=[0.12])
     status_code: int | None = Field(description="What the receiver said", examples=[200])
     error: str | None = Field(description="Why there was no reply", examples=["ConnectTimeout"])
 
 
 class DeliveryReply(schemas.Reply):
+    """A webhook, and what became of it."""
+
     id: str = Field(description="The `webhook-id`, the same on every attempt", examples=[EXAMPLE_ID])
-    job_id: str | None = Field(examples=[schemas.EXAMPLE_ID])
+    job_id: str | None = Field(description="null: a test", examples=[schemas.EXAMPLE_ID])
     run: int | None = Field(description="Which run of the job it tells of")
-    type: str = Field(examples=["job.finished", "webhook.test"])
-    url: str
-    status: DeliveryStatus
-    attempts: list[AttemptReply]
-    next_attempt_at: str | None
-    created_at: str = Field(examples=[schemas.EXAMPLE_TIME])
-    finished_at: str | None
+    type: str = Field(description="What it tells", examples=["job.finished", "webhook.test"])
+    url: str = Field(description="Where it goes", examples=["https://example.org/hook"])
+    status: DeliveryStatus = Field(
+        description="preparing: not rendered yet; pending: waits for its next attempt; delivered; failed: given up"
+    )
+    attempts: list[AttemptReply] = Field(description="Oldest first")
+    next_attempt_at: str | None = Field(description="null: there is no next", examples=[None])
+    created_at: schemas.Time
+    finished_at: str | None = Field(
+        description="When it was delivered or given up", examples=[schemas.EXAMPLE_TIME]
+    )
 
 
 class DeliveriesReply(schemas.Reply):
-    data: list[DeliveryReply]
-    next_cursor: str | None
+    """A page of deliveries."""
+
+    data: list[DeliveryReply] = Field(description="Newest first")
+    next_cursor: schemas.NextCursor
 
 
 class SecretReply(schemas.Reply):
-    secret: str = Field(examples=["whsec_…"])
+    """What webhooks are signed with."""
+
+    secret: str = Field(description="As Standard Webhooks libraries take it", examples=["whsec_…"])
+
+
+class FinishedJob(JobReply):
+    """A job, as its webhook tells of it."""
+
+    results_sha256: str | None = Field(
+        None, description="With results_url: of what it gives as jsonl, unpacked, in hexadecimal"
+    )
+
+
+class FinishedWebhook(schemas.Reply):
+    """What is POSTed to REQUEST_API when a job is finished."""
+
+    type: str = Field(description="Always job.finished", examples=["job.finished"])
+    timestamp: schemas.Time
+    data: FinishedJob
+
+
+SIGNATURE_HEADERS = [
+    {
+        "name": name,
+        "in": "header",
+        "required": True,
+        "description": description,
+        "schema": {"type": "string"},
+    }
+    for name, description in {
+        "webhook-id": "The message's id, the same on every attempt",
+        "webhook-timestamp": "When this attempt was sent, in whole seconds since 1970",
+        "webhook-signature": "`v1,<base64>`: HMAC-SHA256 over `id.timestamp.body`",
+    }.items()
+]
+SENT: dict[str, Json] = {
+    "job.finished": {
+        "post": {
+            "operationId": "job_finished",
+            "tags": ["webhooks"],
+            "summary": "A job is finished",
+            "description": (
+                "POSTed to REQUEST_API, signed by Standard Webhooks 1.0. Over 256 KiB the results are left out, and "
+                "`results_url` opens without a token for 7 days."
+            ),
+            "parameters": SIGNATURE_HEADERS,
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": schemas.shape(FinishedWebhook)}},
+            },
+            "responses": {
+                "2XX": {"description": "Taken"},
+                "410": {"description": "Not wanted any more: it is given up"},
+                "default": {"description": "Tried again, up to 8 times, `Retry-After` heeded"},
+            },
+        }
+    }
+}
 
 
 @api.get(
     "/webhooks/secret",
     summary="The secret that signs webhooks (admin)",
-    security=BEARER,
-    responses={200: SecretReply, **schemas.problems(401, 403)},
+    description="Give it to a Standard Webhooks library, as it is.",
+    responses={200: schemas.answer("The secret", SecretReply)},
 )
-def secret() -> Json:
+def get_webhook_secret() -> Json:
     return {"secret": service().settings.webhook_secret}
 
 
 @api.post(
     "/webhooks/test",
     summary="Send a test webhook (admin)",
-    security=BEARER,
-    responses={202: DeliveryReply, **schemas.problems(401, 403)},
+    description="A `webhook.test` goes to REQUEST_API; `GET /deliveries/<id>` tells what became of it.",
+    responses={202: schemas.answer("The delivery, not sent yet", DeliveryReply), **schemas.problems(507)},
 )
-def test() -> tuple[Json, int]:
+def send_test_webhook() -> tuple[Json, int]:
     return _render(service().deliveries.send_test(caller())), 202
 
 
 @api.get(
     "/deliveries",
     summary="Webhook deliveries with their attempts, newest first",
-    security=BEARER,
-    responses={200: DeliveriesReply, **schemas.problems(401, 403, 422)},
+    description="One's own jobs', and for an admin with `?all=true` everyone's.",
+    responses={200: schemas.answer("A page of deliveries", DeliveriesReply), **schemas.problems(403)},
 )
 def list_deliveries(query: DeliveryQuery) -> Json:
     records, next_cursor = service().deliveries.list_deliveries(
@@ -112,8 +179,8 @@ def list_deliveries(query: DeliveryQuery) -> Json:
 @api.get(
     "/deliveries/<id>",
     summary="One delivery with its attempts",
-    security=BEARER,
-    responses={200: DeliveryReply, **schemas.problems(401, 404)},
+    description="The delivery as it stands now.",
+    responses={200: schemas.answer("The delivery", DeliveryReply)},
 )
 def get_delivery(path: DeliveryPath) -> Json:
     return _render(service().deliveries.get_delivery(path.id, caller()))
@@ -123,8 +190,10 @@ def get_delivery(path: DeliveryPath) -> Json:
     "/deliveries/<id>/redeliver",
     summary="Send a delivery again",
     description="A fresh schedule that begins now, with the same `webhook-id` and the same body.",
-    security=BEARER,
-    responses={202: DeliveryReply, **schemas.problems(401, 404, 409)},
+    responses={
+        202: schemas.answer("The delivery, not sent yet", DeliveryReply),
+        **schemas.problems(409, 507),
+    },
 )
 def redeliver(path: DeliveryPath) -> tuple[Json, int]:
     return _render(service().deliveries.redeliver(path.id, caller())), 202
@@ -134,7 +203,14 @@ def redeliver(path: DeliveryPath) -> tuple[Json, int]:
     "/",
     summary="Take a webhook that is signed with our own secret",
     description="Answers with what it got, so that the default REQUEST_API works out of the box.",
-    responses={200: {"description": "The body as it came"}, **schemas.problems(401, 413)},
+    responses={
+        200: schemas.content("The body as it came", {"application/json": {"schema": {}}}),
+        **schemas.problems(400, 408, 413),
+    },
+    openapi_extensions={
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {}}}},
+        schemas.HEADER_PARAMETERS: SIGNATURE_HEADERS,
+    },
 )
 def echo() -> Response:
     message_id, sent_at, signatures = (
@@ -165,7 +241,7 @@ def _render(record: DeliveryRecord) -> Json:
         "job_id": delivery.job_id,
         "run": delivery.run if delivery.job_id else None,
         "type": delivery.type,
-        "url": delivery.url,
+        "url": delivery.url.partition("?")[0],  # its query may hold a secret
         "status": delivery.status,
         "attempts": [
             {

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import delete, exists, func, select
+from sqlalchemy import delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from gpt_worker.domain import Role
-from gpt_worker.models import LoginFailureRow, TokenRow, UserRow
+from gpt_worker.models import DeliveryRow, JobRow, LoginFailureRow, TokenRow, UserRow
 
 
 def any_user(session: Session) -> bool:
@@ -44,8 +44,13 @@ def count_other_admins(session: Session, user_id: str) -> int:
     return session.scalar(statement) or 0
 
 
-def delete_user(session: Session, user_id: str) -> None:
-    """The database takes the user's tokens along and leaves their jobs without an owner."""
+def delete_user(session: Session, user_id: str, heir_id: str) -> None:
+    """The database takes the user's tokens along; their jobs and deliveries become the heir's."""
+    for rows in (JobRow, DeliveryRow):
+        session.execute(
+            update(rows).where(rows.owner_id == user_id).values(owner_id=heir_id),
+            execution_options={"synchronize_session": False},
+        )
     session.execute(delete(UserRow).where(UserRow.id == user_id))
 
 

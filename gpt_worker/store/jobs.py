@@ -171,11 +171,10 @@ def cancel(session: Session, job_id: str) -> bool:
     return result.rowcount == 1
 
 
-def reopen(job: JobRow, reopened: int, deadline_at: datetime) -> None:
+def reopen(job: JobRow, deadline_at: datetime) -> None:
     """Queue a finished job again as its next run."""
     job.run += 1
     job.status = JobStatus.QUEUED
-    job.failed -= reopened
     job.finished_at = None
     job.deadline_at = deadline_at
 

@@ -25,6 +25,7 @@ class PendingTask:
     position: int
     prompt: Prompt
     tokens: int
+    attempts: int = 0  # charged tries, of this run
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +64,14 @@ def add_tasks(session: Session, job_id: str, first_position: int, tasks: Sequenc
 def pending_page(session: Session, job_id: str, after: int, limit: int, max_tokens: int) -> list[PendingTask]:
     """Up to `limit` tasks still to be asked, behind the position `after`, of about `max_tokens` in all."""
     rows = session.execute(
-        select(TaskRow.position, TaskRow.prompt, TaskRow.tokens)
+        select(TaskRow.position, TaskRow.prompt, TaskRow.tokens, TaskRow.attempts)
         .where(TaskRow.job_id == job_id, TaskRow.position > after, TaskRow.state == TaskState.PENDING)
         .order_by(TaskRow.position)
         .limit(limit)
     ).yield_per(50)
     page: list[PendingTask] = []
-    for position, prompt, tokens in rows:
-        page.append(PendingTask(position, json.loads(prompt), tokens))
+    for position, prompt, tokens, attempts in rows:
+        page.append(PendingTask(position, json.loads(prompt), tokens, attempts))
         max_tokens -= tokens
         if max_tokens <= 0:
             break
@@ -112,6 +113,16 @@ def record_failures(session: Session, outcomes: Iterable[Outcome]) -> int:
     return _update_pending(session, rows)
 
 
+def record_attempts(session: Session, outcomes: Iterable[Outcome]) -> None:
+    """Note the charged tries of tasks that are asked again, so that they outlive this process."""
+    rows = [
+        {"b_job": outcome.job_id, "b_position": outcome.position, "attempts": outcome.attempts}
+        for outcome in outcomes
+        if outcome.decision is None and outcome.attempts
+    ]
+    _update_pending(session, rows)
+
+
 def _update_pending(session: Session, rows: list[dict[str, Any]]) -> int:
     if not rows:
         return 0
@@ -140,31 +151,52 @@ def fail_pending(
     ).all()
     if not positions:
         return 0, None
-    outcomes = [Outcome(job_id, position, failure) for position in positions if position not in spare]
-    failed = record_failures(session, outcomes)
+    rows = [
+        {
+            "b_job": job_id,
+            "b_position": position,
+            "state": TaskState.FAILED,
+            "error_code": failure.code,
+            "error_message": failure.message[:1000],
+        }
+        for position in positions
+        if position not in spare
+    ]
+    failed = _update_pending(session, rows)
     return failed, positions[-1] if len(positions) == SLICE_TASKS else None
 
 
-def reopen_failed(session: Session, job_id: str, codes: Collection[ErrorCode] | None) -> int:
-    """Make failed tasks (of these codes) pending again; how many."""
-    statement = update(TaskRow).where(TaskRow.job_id == job_id, TaskRow.state == TaskState.FAILED)
+@dataclass(frozen=True, slots=True)
+class Reopened:
+    """One slice of failed tasks that are pending again; `after`: where to go on, or None at the end."""
+
+    tasks: int
+    message_length: int
+    after: int | None
+
+
+def reopen_slice(session: Session, job_id: str, codes: Collection[ErrorCode] | None, after: int) -> Reopened:
+    """Make one slice of the failed tasks (of these codes) behind `after` pending again."""
+    failed = [TaskRow.job_id == job_id, TaskRow.state == TaskState.FAILED, TaskRow.position > after]
     if codes is not None:
-        statement = statement.where(TaskRow.error_code.in_(codes))
-    result = session.execute(
-        statement.values(state=TaskState.PENDING, error_code=None, error_message=None, attempts=0),
+        failed.append(TaskRow.error_code.in_(codes))
+    rows = session.execute(
+        select(TaskRow.position, func.length(TaskRow.error_message))
+        .where(*failed)
+        .order_by(TaskRow.position)
+        .limit(SLICE_TASKS)
+    ).all()
+    if not rows:
+        return Reopened(0, 0, None)
+    last = rows[-1][0]
+    session.execute(
+        update(TaskRow)
+        .where(*failed, TaskRow.position <= last)
+        .values(state=TaskState.PENDING, error_code=None, error_message=None, attempts=0),
         execution_options={"synchronize_session": False},
     )
-    assert isinstance(result, CursorResult)
-    return result.rowcount
-
-
-def count_pending(session: Session, job_id: str) -> int:
-    return (
-        session.scalar(
-            select(func.count()).where(TaskRow.job_id == job_id, TaskRow.state == TaskState.PENDING)
-        )
-        or 0
-    )
+    more = last if len(rows) == SLICE_TASKS else None
+    return Reopened(len(rows), sum(length or 0 for _, length in rows), more)
 
 
 def results_page(session: Session, job_id: str, after: int, limit: int) -> list[TaskResult]:

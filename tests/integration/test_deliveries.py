@@ -165,7 +165,7 @@ class Outbox:
         with self.database.write() as session:
             job = job_store.get_job(session, job_id)
             assert job is not None
-            job_store.reopen(job, 0, self.clock())
+            job_store.reopen(job, self.clock())
 
     def row(self, delivery_id: str) -> DeliveryRow:
         with self.database.read() as session:

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -221,6 +221,112 @@ def test_clients_that_go_silent_do_not_slow_the_others(shared: Service, count: i
         slowest_s = max(health_takes_s(shared) for _ in range(5))
 
     assert slowest_s < 1.0
+
+
+@pytest.mark.parametrize(
+    ("length", "answer"),
+    [
+        pytest.param(1000, b"", id="small"),
+        pytest.param(100_000, b"HTTP/1.1 503", id="large"),
+    ],
+)
+def test_200_dripping_bodies_do_not_slow_the_others(shared: Service, length: int, answer: bytes) -> None:
+    head = b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    with ExitStack() as stack:
+        drips = [
+            stack.enter_context(connect(shared, head + b"Content-Length: %d\r\n\r\n{" % length))
+            for _ in range(200)
+        ]
+        slowest_s = health_takes_s(shared)
+        for _ in range(3):
+            for sock in drips:
+                with suppress(OSError):  # it has been refused
+                    sock.sendall(b" ")
+            slowest_s = max(slowest_s, health_takes_s(shared))
+            time.sleep(1.0)
+        first, last = (received_so_far(sock) for sock in (drips[0], drips[-1]))
+
+    assert slowest_s < 6.0
+    assert first in (b"", b"HTTP/1.1 408")
+    assert last == answer
+
+
+def received_so_far(sock: socket.socket) -> bytes:
+    sock.setblocking(False)
+    try:
+        return sock.recv(12)
+    except BlockingIOError:
+        return b""
+
+
+def test_200_slow_readers_do_not_slow_the_others(service: Service) -> None:
+    path, token = large_job(service), service.admin.encode()
+    request = b"GET %s HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\n\r\n" % (path.encode(), token)
+    with ExitStack() as stack:
+        for _ in range(200):
+            sock = stack.enter_context(socket.socket())
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", service.port))
+            sock.sendall(request)
+
+        slowest_s = max(health_takes_s(service) for _ in range(5))
+
+    assert slowest_s < 6.0
+
+
+def test_a_reader_that_pauses_gets_its_whole_reply_while_threads_are_free(service: Service) -> None:
+    path = large_job(service)
+    whole = service.get(path, service.admin).content
+
+    with service.get(path, service.admin, stream=True) as reply:
+        time.sleep(4.0)
+        late = reply.content
+
+    assert late == whole
+
+
+def large_job(service: Service) -> str:
+    """The path of a finished job whose results are 2 MB."""
+    data = {f"t{number}": "x" * 20_000 for number in range(100)}
+    job_id: str = service.submit(data, prefer="respond-async").json()["id"]
+    service.wait_finished(job_id)
+    return f"/jobs/{job_id}"
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+def test_body_in_many_pieces_is_taken(shared: Service, is_chunked: bool) -> None:
+    body = json.dumps({"data": ["x" * 30_000] * 100}).encode()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {shared.admin}"}
+    if not is_chunked:
+        headers["Content-Length"] = str(len(body))
+    connection = http.client.HTTPConnection("127.0.0.1", shared.port, timeout=30.0)
+
+    connection.request("POST", "/jobs?dry_run=true", slow_pieces(body, 100), headers)
+    reply = connection.getresponse()
+
+    assert reply.status == 200
+    connection.close()
+
+
+def slow_pieces(body: bytes, count: int) -> Iterator[bytes]:
+    """The body within about 2 s."""
+    piece_bytes = len(body) // count + 1
+    for start in range(0, len(body), piece_bytes):
+        time.sleep(2.0 / count)
+        yield body[start : start + piece_bytes]
+
+
+def test_second_request_behind_a_body_in_pieces_is_answered_too(shared: Service) -> None:
+    head = b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n"
+    with connect(shared, head) as sock:
+        time.sleep(0.2)
+        sock.sendall(b"{")
+        time.sleep(0.2)
+        sock.sendall(b"}GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        reply = b"".join(iter(lambda: sock.recv(65536), b""))
+
+    assert reply.startswith(b"HTTP/1.1 422 ")
+    assert reply.count(b"HTTP/1.1 200 ") == 1
 
 
 def test_dripping_head_is_bounded_as_a_whole(shared: Service) -> None:

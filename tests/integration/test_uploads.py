@@ -502,7 +502,7 @@ def test_uploads_over_the_budget_are_told_to_come_back(service: Service) -> None
             for _ in range(96)
         ]
         with ThreadPoolExecutor(8) as pool:
-            [*pool.map(lambda client: client.sendall(request_head(service, 100)), clients)]
+            [*pool.map(lambda client: client.sendall(request_head(service, 100_000)), clients)]
         wait_until(lambda: upload(service, TWO, params=DRY_RUN).status_code == 503)
         reply = upload(service, TWO, params=DRY_RUN)
 

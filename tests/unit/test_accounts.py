@@ -643,7 +643,7 @@ def test_last_enabled_admin_stays(small: SmallApp, disabled_other_admin: bool) -
     with pytest.raises(Conflict):
         small.accounts.change_user(admin.id, disabled=True)
     with pytest.raises(Conflict):
-        small.accounts.delete_user(admin.id)
+        small.accounts.delete_user(admin.id, new_id())
 
     assert small.accounts.me(admin.id) == admin
 
@@ -652,13 +652,15 @@ def test_admin_may_go_when_there_is_another(small: SmallApp) -> None:
     admin, user = with_two_users(small)
     small.accounts.change_user(user.id, role=Role.ADMIN)
 
-    small.accounts.delete_user(admin.id)
+    with pytest.raises(Conflict):
+        small.accounts.delete_user(admin.id, admin.id)
+    small.accounts.delete_user(admin.id, user.id)
 
     assert [left.id for left in small.accounts.list_users().items] == [user.id]
 
 
-def test_deleted_users_jobs_stay_without_an_owner(small: SmallApp) -> None:
-    _, user = with_two_users(small)
+def test_deleted_users_jobs_become_the_deleting_admins(small: SmallApp) -> None:
+    admin, user = with_two_users(small)
     token = small.accounts.login(OTHER, PASSWORD)
     job = JobRow(
         id=new_id(),
@@ -674,10 +676,10 @@ def test_deleted_users_jobs_stay_without_an_owner(small: SmallApp) -> None:
     with small.database.write() as session:
         session.add(job)
 
-    small.accounts.delete_user(user.id)
+    small.accounts.delete_user(user.id, admin.id)
 
     with small.database.read() as session:
-        assert session.get_one(JobRow, job.id).owner_id is None
+        assert session.get_one(JobRow, job.id).owner_id == admin.id
     with pytest.raises(Unauthenticated):
         small.accounts.authenticate(token.text)
 
@@ -686,4 +688,4 @@ def test_unknown_user_is_not_found(accounts: Accounts) -> None:
     with pytest.raises(NotFound):
         accounts.change_user(new_id(), disabled=True)
     with pytest.raises(NotFound):
-        accounts.delete_user(new_id())
+        accounts.delete_user(new_id(), new_id())

@@ -1,6 +1,5 @@
 """The endpoints of accounts and modes: shapes, statuses, and what they refuse."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,22 +284,3 @@ def test_settings_are_an_admins_to_change_even_without_auth(small: SmallApp) -> 
 
     assert small.request("PATCH", "/settings", user, json={"auth": True}).status_code == 403
     assert small.client.patch("/settings", json={"auth": True}).status_code == 401
-
-
-# Documentation
-
-
-def test_documentation_has_no_loose_ends(small: SmallApp) -> None:
-    document = json.loads(json.dumps(small.app.api_doc))
-
-    names = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(document)))
-
-    assert "Problem" in names
-    assert names <= document["components"]["schemas"].keys()
-
-
-def test_every_operation_is_described(small: SmallApp) -> None:
-    for path, item in small.app.api_doc["paths"].items():
-        for method, operation in item.items():
-            assert operation.get("summary"), (method, path)
-            assert len(operation["responses"]) > 1, (method, path)

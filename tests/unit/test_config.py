@@ -4,6 +4,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from sqlalchemy.engine import make_url
 
 from config import DEFAULT_MODEL, OPENAI_BASE_URL, Settings, SettingsError, deprecated_models, derive
 
@@ -102,6 +103,12 @@ def test_default_model_is_not_deprecated() -> None:
         ("REQUEST_API", "http://example.org:99999", "REQUEST_API"),
         ("REQUEST_API", "http://[::1", "REQUEST_API"),
         ("REQUEST_API", "http://exa mple.org", "REQUEST_API"),
+        ("REQUEST_API", "https://example.org/hook?a=b c", "REQUEST_API"),
+        ("REQUEST_API", "https://example.org/hook#part", "REQUEST_API"),
+        ("REQUEST_API", "https://example.org/hook#", "REQUEST_API"),
+        ("REQUEST_API", "https://me:hunter2@example.org/hook", "REQUEST_API"),
+        ("REQUEST_API", "http://example.org:0/hook", "REQUEST_API"),
+        ("GPT_BASE_URL", "https://example.org/v1?a=b", "GPT_BASE_URL"),
         ("PUBLIC_URL", "https://example.org/?a=b", "PUBLIC_URL"),
         ("PUBLIC_URL", "https://example.org/?", "PUBLIC_URL"),
         ("PUBLIC_URL", "https://example.org/#", "PUBLIC_URL"),
@@ -114,7 +121,29 @@ def test_default_model_is_not_deprecated() -> None:
         ("DATABASE_URL", f"postgresql://me:{SECRET}@db/jobs", "DATABASE_URL"),
         ("DATABASE_URL", "sqlite:///:memory:", "DATABASE_URL"),
         ("DATABASE_URL", "sqlite://", "DATABASE_URL"),
+        ("DATABASE_URL", "sqlite:////:memory:", "DATABASE_URL"),
+        ("DATABASE_URL", "sqlite:///relative.sqlite3", "DATABASE_URL"),
+        ("DATABASE_URL", "sqlite:////tmp/jobs.sqlite3?mode=ro", "DATABASE_URL"),
+        ("DATABASE_URL", "sqlite:////tmp/jobs%3Fmode=ro", "DATABASE_URL"),
+        ("DATABASE_URL", "sqlite:////tmp/jobs%00.sqlite3", "DATABASE_URL"),
+        ("DATABASE_URL", "sqlite:///file:/tmp/jobs.sqlite3?uri=true", "DATABASE_URL"),
+        ("DB_DATABASE", "jobs.sqlite3?mode=ro", "DB_DATABASE"),
+        ("DB_DATABASE", ":memory:", "DB_DATABASE"),
+        ("DB_DATABASE", "file:jobs.sqlite3", "DB_DATABASE"),
         ("DRIVE_DISK", "s3", "DRIVE_DISK"),
+        ("S3_BUCKET", "hunter2-bucket", "S3_BUCKET"),
+        ("GCS_KEY_FILENAME", "/etc/hunter2", "GCS_KEY_FILENAME"),
+        ("AZURE_CONNECTION_STRING", "hunter2;secret", "AZURE_CONNECTION_STRING"),
+        ("DRIVE_URL", "memory://hunter2", "DRIVE_URL"),
+        ("HOST", "not a host", "HOST"),
+        ("HOST", "unix:/run/gpt-worker.sock", "HOST"),
+        ("HOST", "[::1]", "HOST"),
+        ("HOST", "a..b", "HOST"),
+        ("HOST", "x" * 64, "HOST"),
+        ("GPT_MODEL", "gpt of mine", "GPT_MODEL"),
+        ("GPT_MODEL", "x" * 201, "GPT_MODEL"),
+        ("DATA_DIR", "~no-such-user/data", "DATA_DIR"),
+        ("MODEL_PATH", "~no-such-user/model.gguf", "MODEL_PATH"),
         ("ADMIN_EMAIL", "ada@example.org", "ADMIN_EMAIL"),
         ("ADMIN_PASSWORD", "long enough for this", "ADMIN_PASSWORD"),
     ],
@@ -268,3 +297,72 @@ def test_process_environment_is_the_default(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("PORT", "4321")
 
     assert Settings.from_env().port == 4321
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://hooks.example.org/in/",
+        "https://hooks.example.org/",
+        "https://hooks.example.org/in?code=abc",
+        "https://hooks.example.org/in/?code=a%20b&to=me@example.org",
+    ],
+)
+def test_request_api_is_kept_exactly(env: dict[str, str], tmp_path: Path, address: str) -> None:
+    assert read({**env, "REQUEST_API": address}, tmp_path).request_api == address
+
+
+def test_public_url_loses_the_slash_at_its_end(env: dict[str, str], tmp_path: Path) -> None:
+    settings = read({**env, "PUBLIC_URL": "https://example.org/gpt/"}, tmp_path)
+
+    assert settings.public_url == "https://example.org/gpt"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "path"),
+    [
+        ({}, "DATA_DIR", "{data}/gpt-worker.sqlite3"),
+        ({"DB_DATABASE": "jobs.db"}, "DB_DATABASE", "{data}/jobs.db"),
+        ({"DB_DATABASE": "/var/lib/jobs.db"}, "DB_DATABASE", "/var/lib/jobs.db"),
+        ({"DATABASE_URL": "sqlite:////var/lib/jobs.db"}, "DATABASE_URL", "/var/lib/jobs.db"),
+        ({"DATABASE_URL": "sqlite:////var/my%20jobs.db"}, "DATABASE_URL", "/var/my jobs.db"),
+        ({"DATABASE_URL": "sqlite:////a.db", "DB_DATABASE": "b.db"}, "DATABASE_URL", "/a.db"),
+    ],
+)
+def test_database_is_one_absolute_path(
+    env: dict[str, str], tmp_path: Path, changes: dict[str, str], name: str, path: str
+) -> None:
+    settings = read({**env, **changes}, tmp_path)
+
+    assert settings.database_path == Path(path.format(data=tmp_path / "data"))
+    assert settings.database_setting == name
+
+
+@pytest.mark.parametrize("name", ["jobs.db", "100%25.db", "a b#c@d:e+f.db"])
+def test_sqlalchemy_opens_the_very_path(env: dict[str, str], tmp_path: Path, name: str) -> None:
+    settings = read({**env, "DB_DATABASE": name}, tmp_path)
+
+    assert make_url(settings.database_url).database == str(settings.database_path)
+
+
+def test_settings_of_a_database_server_mean_nothing_to_sqlite(env: dict[str, str], tmp_path: Path) -> None:
+    old = {"DB_HOST": "127.0.0.1", "DB_PORT": "3306", "DB_USER": "lucid", "DB_PASSWORD": "secret"}
+
+    assert read({**env, **old}, tmp_path) == read(env, tmp_path)
+
+
+def test_other_settings_of_a_cloud_are_not_ours(env: dict[str, str], tmp_path: Path) -> None:
+    assert read({**env, "AZURE_CONFIG_DIR": "/root/.azure"}, tmp_path) == read(env, tmp_path)
+
+
+def test_spaces_belong_to_a_password(env: dict[str, str], tmp_path: Path) -> None:
+    env |= {"ADMIN_EMAIL": " ada@example.org ", "ADMIN_PASSWORD": " spaces at both ends "}
+
+    settings = read(env, tmp_path)
+
+    assert (settings.admin_email, settings.admin_password) == ("ada@example.org", " spaces at both ends ")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::", "localhost", "My-Host_1.example.org"])
+def test_host_may_be_an_address_or_a_name(env: dict[str, str], tmp_path: Path, host: str) -> None:
+    assert read({**env, "HOST": host}, tmp_path).host == host

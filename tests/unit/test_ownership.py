@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from config import SettingsError
-from gpt_worker.ownership import DataDirBusy, DataDirLock, is_still_owner
+from config import Settings, SettingsError
+from gpt_worker.ownership import (
+    DataDirLock,
+    InUse,
+    Ownership,
+    check_database_file,
+    is_still_owner,
+)
 
 
 def test_lock_makes_a_private_data_dir(tmp_path: Path) -> None:
@@ -26,7 +32,7 @@ def test_second_owner_is_refused_with_one_line_that_names_the_first(tmp_path: Pa
     first, second = DataDirLock(tmp_path), DataDirLock(tmp_path)
     first.acquire(wait_s=0)
 
-    with pytest.raises(DataDirBusy) as refusal:
+    with pytest.raises(InUse) as refusal:
         second.acquire(wait_s=0)
 
     assert str(tmp_path) in str(refusal.value)
@@ -51,7 +57,7 @@ def test_release_without_the_lock_does_nothing(tmp_path: Path) -> None:
 
     other.release()
 
-    with pytest.raises(DataDirBusy):
+    with pytest.raises(InUse):
         other.acquire(wait_s=0)
     owner.release()
 
@@ -74,7 +80,7 @@ def test_wait_ends_when_its_time_is_up(tmp_path: Path) -> None:
     first.acquire(wait_s=0)
     began_s = time.monotonic()
 
-    with pytest.raises(DataDirBusy):
+    with pytest.raises(InUse):
         second.acquire(wait_s=0.3)
 
     assert 0.3 <= time.monotonic() - began_s < 5.0
@@ -116,7 +122,7 @@ def test_data_dir_that_is_a_file_is_a_settings_error(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_text("not a directory")
 
-    with pytest.raises(SettingsError, match="DATA_DIR can't be used"):
+    with pytest.raises(SettingsError, match=r"DATA_DIR .* can't be used"):
         DataDirLock(path).acquire(wait_s=0)
 
 
@@ -132,3 +138,66 @@ def test_owner_notices_that_its_lock_file_is_gone_or_another_s(tmp_path: Path) -
 
     lock.release()
     assert (owned_at_first, owned_with_another_s_name, owned_without_file) == (True, False, False)
+
+
+def settings_for(data_dir: Path, **env: str) -> Settings:
+    return Settings.from_env({"NODE_ENV": "test", "DATA_DIR": str(data_dir), **env})
+
+
+def test_one_database_has_one_owner_whatever_the_data_dir(tmp_path: Path) -> None:
+    shared = tmp_path / "one" / "gpt-worker.sqlite3"
+    first = Ownership(settings_for(tmp_path / "one"))
+    second = Ownership(settings_for(tmp_path / "two", DATABASE_URL=f"sqlite:///{shared}"))
+    first.acquire(wait_s=0)
+
+    with pytest.raises(InUse) as refusal:
+        second.acquire(wait_s=0)
+
+    assert f"DATABASE_URL: the database {shared}" in str(refusal.value)
+    assert f"process {os.getpid()}" in str(refusal.value)
+    first.release()
+    second.acquire(wait_s=0)
+    second.release()
+
+
+def test_database_behind_a_link_is_the_same_database(tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(tmp_path / "real.db")
+    first = Ownership(settings_for(tmp_path / "one", DB_DATABASE=str(tmp_path / "real.db")))
+    second = Ownership(settings_for(tmp_path / "two", DB_DATABASE=str(tmp_path / "link.db")))
+    first.acquire(wait_s=0)
+
+    with pytest.raises(InUse):
+        second.acquire(wait_s=0)
+
+    first.release()
+
+
+def test_refused_database_leaves_the_data_dir_free(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("this is not a database")
+
+    with pytest.raises(SettingsError, match="not a SQLite database"):
+        Ownership(settings_for(tmp_path / "data", DB_DATABASE=str(tmp_path / "text"))).acquire(wait_s=0)
+
+    lock = DataDirLock(tmp_path / "data")
+    lock.acquire(wait_s=0)
+    lock.release()
+    assert not (tmp_path / "text.lock").exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["{tmp}", "/dev/null", "/dev/null/jobs.db", "{tmp}/text", "{tmp}/" + "x" * 300]
+)
+def test_path_that_is_no_database_is_refused_by_the_name_of_its_setting(tmp_path: Path, path: str) -> None:
+    (tmp_path / "text").write_text("this is not a database")
+    settings = settings_for(tmp_path / "data", DATABASE_URL=f"sqlite:///{path.format(tmp=tmp_path)}")
+
+    with pytest.raises(SettingsError, match=r"^DATABASE_URL: the database .*/"):
+        check_database_file(settings)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"SQLite format 3\0 and more"])
+def test_database_may_be_missing_or_empty_or_begun(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "gpt-worker.sqlite3").write_bytes(content)
+
+    check_database_file(settings_for(tmp_path))

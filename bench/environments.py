@@ -1,0 +1,55 @@
+"""A virtual environment for each peer, made on first use, from pinned requirements: they don't go together in one."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+INSTALL_TIMEOUT_S = 900.0
+
+
+class NotInstalled(Exception):
+    """An environment that can't be made here; the message is one line."""
+
+
+def python_of(name: str) -> Path:
+    """The Python of the environment for `requirements-<name>.txt`, made or renewed where it is not up to date.
+
+    Raises NotInstalled.
+    """
+    requirements = ROOT / "bench" / f"requirements-{name}.txt"
+    folder = ROOT / f".venv-bench-{name}"
+    python = folder / "bin" / "python"
+    stamp = folder / ".installed"
+    wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    if not (stamp.is_file() and stamp.read_text() == wanted):
+        shutil.rmtree(folder, ignore_errors=True)
+        print(f"installing {folder.name} …", file=sys.stderr, flush=True)
+        _run(sys.executable, "-m", "venv", str(folder))
+        _run(str(python), *_PIP_INSTALL, "--require-hashes", "--requirement", str(requirements))
+        stamp.write_text(wanted)
+    return python
+
+
+_PIP_INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
+
+
+def _run(*command: str) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    try:
+        done = subprocess.run(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=INSTALL_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise NotInstalled(f"not installed within {INSTALL_TIMEOUT_S:g} s") from error
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no word why"])[-1]
+        raise NotInstalled(f"not installed: {last[:200]}")
