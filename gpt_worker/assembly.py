@@ -66,7 +66,7 @@ def assemble(settings: Settings) -> Flask:
         embedded=make_embedded(settings, keys, dispatcher) if settings.embedded else None,
         model_name=embedded.model_name(settings.model_path) if settings.embedded else settings.model,
         link_key=link_key(settings.app_key),
-        keys=KeyBoard(dispatcher),
+        keys=KeyBoard(dispatcher, settings.model),
         version=__version__,
         progress=progress,
     )

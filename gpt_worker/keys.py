@@ -1,14 +1,15 @@
 """The operator's view of the API keys: how each fares, and trying one by hand."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from gpt_worker.backoff import Problem, ProblemKind
 from gpt_worker.dispatcher import Dispatcher
-from gpt_worker.domain import ErrorCode, utc_now
+from gpt_worker.domain import ErrorCode, JobSettings, utc_now
 from gpt_worker.errors import NotFound
-from gpt_worker.gpt import KeyCheck
+from gpt_worker.gpt import CHECK_TIMEOUT_S, Endpoint, KeyCheck
 from gpt_worker.lanes import Lane, LaneState, LastError
 from gpt_worker.rate_limit import Bound, Limiter
 
@@ -46,29 +47,42 @@ class KeyReport:
 class KeyBoard:
     """All keys of the service."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(self, dispatcher: Dispatcher, model: str) -> None:
         self._dispatcher = dispatcher
+        self._model = model
 
     def reports(self) -> list[KeyReport]:
         """Every key, in the order of their numbers."""
         return self._dispatcher.inspect(lambda lanes, now_s: [_report(lane, now_s) for lane in lanes])
 
     def check(self, number: int) -> KeyReport:
-        """Ask the endpoint with this key now; one that works is used again at once. Spends no tokens."""
+        """Ask the endpoint with this key now; one that works is used again at once.
+
+        Spends nothing, unless the key was out of quota: whether it has some again, only a call can show.
+        """
         lanes: Sequence[Lane] = self._dispatcher.lanes
         if not 0 <= number < len(lanes):
             raise NotFound("there is no such key")
         lane = lanes[number]
         if lane.endpoint is not None:
-            found = lane.endpoint.check()
-            if found is KeyCheck.WORKS:
+            problem = self._try(lane, lane.endpoint)
+            if problem is None:
                 self._dispatcher.key_works(lane)
             else:
-                refused = found is KeyCheck.REFUSED
-                kind = ProblemKind.KEY_REFUSED if refused else ProblemKind.FINAL
-                code = ErrorCode.KEY_REFUSED if refused else ErrorCode.CONNECTION
-                self._dispatcher.key_fails(lane, Problem(kind, code, found.value))
+                self._dispatcher.key_fails(lane, problem)
         return self.reports()[number]
+
+    def _try(self, lane: Lane, endpoint: Endpoint) -> Problem | None:
+        found = endpoint.check()
+        if found is KeyCheck.REFUSED:
+            return Problem(ProblemKind.KEY_REFUSED, ErrorCode.KEY_REFUSED, found.value)
+        if found is KeyCheck.UNREACHABLE:
+            return Problem(ProblemKind.FINAL, ErrorCode.CONNECTION, found.value)
+        if lane.state(time.monotonic()).state is LaneState.OUT_OF_QUOTA:
+            result = endpoint.ask(self._model, JobSettings(), "Say hi.", CHECK_TIMEOUT_S).result
+            if isinstance(result, Problem) and result.kind is ProblemKind.QUOTA_EXHAUSTED:
+                return result
+        return None
 
 
 def _report(lane: Lane, now_s: float) -> KeyReport:

@@ -221,9 +221,10 @@ class Lane:
         return False
 
     def mend(self) -> None:
-        """Forget the key's bad marks: somebody has checked it. Whether there is quota, the next call must show."""
+        """Forget the key's bad marks: somebody has checked it, and it works."""
         self._probe_at_s = None
         self._failures_in_a_row = 0
         self._rest_until_s = 0.0
+        self.group.exhausted_in_a_row = 0
         self.group.exhausted_until_s = 0.0
         self.group.missing_models.clear()

@@ -110,14 +110,14 @@ def test_new_password_ends_every_other_token(service: Service) -> None:
     assert (try_login(service, PASSWORD), try_login(service, NEW_PASSWORD)) == (401, 200)
 
 
-def test_deleted_users_job_becomes_ownerless(service: Service) -> None:
+def test_deleted_users_job_becomes_the_admins(service: Service) -> None:
     user = service.user(USER_EMAIL)
     user_id = service.get("/me", user).json()["id"]
     job_id = service.submit({"a": "hello"}, token=user, prefer="respond-async").json()["id"]
 
     assert service.delete(f"/users/{user_id}", service.admin).status_code == 204
 
-    assert service.job(job_id)["owner"] is None
+    assert service.job(job_id)["owner"] == ADMIN_EMAIL
 
 
 def test_production_takes_its_first_account_by_the_setup_token(tmp_path: Path, upstream: Upstream) -> None:
