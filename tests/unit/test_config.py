@@ -352,7 +352,7 @@ def test_settings_of_a_database_server_mean_nothing_to_sqlite(env: dict[str, str
 
 
 def test_other_settings_of_a_cloud_are_not_ours(env: dict[str, str], tmp_path: Path) -> None:
-    assert read({**env, "AZURE_CONFIG_DIR": "/root/.azure"}, tmp_path) == read(env, tmp_path)
+    assert read({**env, "AZURE_CONFIG_DIR": "/home/me/.azure"}, tmp_path) == read(env, tmp_path)
 
 
 def test_spaces_belong_to_a_password(env: dict[str, str], tmp_path: Path) -> None:
