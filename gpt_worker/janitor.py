@@ -15,7 +15,6 @@ log = logging.getLogger(__name__)
 
 SWEEP_EVERY_S = 600.0
 RETRY_S = 30.0
-PRUNE_SLICE = 1000
 
 
 class Janitor:
@@ -68,10 +67,10 @@ class Janitor:
             self._delete(job_id)
 
     def _prune_deliveries(self, finished_before: datetime) -> None:
-        pruned = PRUNE_SLICE
-        while pruned == PRUNE_SLICE and not self._stopping.is_set():
+        pruned = delivery_store.SLICE_DELIVERIES
+        while pruned == delivery_store.SLICE_DELIVERIES and not self._stopping.is_set():
             with self._database.write() as session:
-                pruned = delivery_store.prune(session, finished_before, PRUNE_SLICE)
+                pruned = delivery_store.prune(session, finished_before)
 
     def _delete(self, job_id: str) -> None:
         while not self._stopping.is_set():

@@ -14,8 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gpt_worker import rendering
 from gpt_worker.api import schemas
 from gpt_worker.api.access import caller
-from gpt_worker.api.context import service
-from gpt_worker.api.jobs import _client_left
+from gpt_worker.api.context import client_left, service
 from gpt_worker.domain import Caller
 from gpt_worker.errors import NotFound, Unavailable
 from gpt_worker.progress import Event, follow
@@ -65,7 +64,7 @@ def get_events(path: schemas.IdPath) -> Response:
             raise Unavailable("Too many requests are held open.", RETRY_AFTER_S)
         watch = stack.enter_context(parts.progress.watch(path.id))
         held = stack.pop_all()
-    events = follow(lambda: _look(parts, who, path.id), watch, client_left=_client_left())
+    events = follow(lambda: _look(parts, who, path.id), watch, client_left=client_left())
     reply = Response(_frames(events, path.id), content_type="text/event-stream")
     reply.headers["Cache-Control"] = "no-store"
     reply.headers["X-Accel-Buffering"] = "no"  # nginx would keep the events back

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-import socket
 from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from gpt_worker import rendering
 from gpt_worker.api import examples, schemas
 from gpt_worker.api import job_schemas as shapes
 from gpt_worker.api.access import by_link, caller
-from gpt_worker.api.context import service
+from gpt_worker.api.context import client_left, service
 from gpt_worker.api.upload_query import UploadQuery
 from gpt_worker.api.uploads import Received, receive
 from gpt_worker.domain import DeliveryMode, JobStatus, utc_now
@@ -260,7 +259,7 @@ def _wait_for(job_id: str, wait_s: float | None, replayed: bool) -> Answer:
     job = _own(job_id)
     if job.delivery == DeliveryMode.INLINE and wait_s is not None:
         with parts.places.hold() as held:
-            if held and parts.jobs.wait(job_id, wait_s, _client_left()):
+            if held and parts.jobs.wait(job_id, wait_s, client_left()):
                 return _render(_own(job_id), with_results=True), 200, extra
         job = _own(job_id)
     reply, status, headers = _accepted(job)
@@ -300,23 +299,6 @@ def _idempotency(key: str | None, received: Received) -> Idempotency | None:
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _client_left() -> Callable[[], bool]:
-    """Whether the client has closed the connection, asked without reading from it."""
-    sock: socket.socket | None = request.environ.get("gunicorn.socket")
-
-    def left() -> bool:
-        if sock is None:
-            return False
-        try:
-            return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except (OSError, ValueError):
-            return True
-
-    return left
 
 
 def _dry_run(asked: JobRequest) -> Json:
