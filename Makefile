@@ -6,29 +6,37 @@ PYTHON =
 ARGS =
 
 VENV = .venv
+DRIVES = s3 google-cloud azure
 BIN = $(VENV)/bin
+INSTALLING = installing into $(VENV) (a minute or so)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input --require-hashes
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-header --no-annotate
 IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL = help
-.PHONY: help run test check bench lock venv env embedded embedded-if-needed
+.PHONY: help run test test-services check bench chaos lock venv env embedded embedded-if-needed drive-if-needed emulators
 
 help:
 	@echo "make run     serve; the first time, make .venv and .env"
-	@echo "make test    run every test            (ARGS=\"-k health\")"
+	@echo "make test    run every test but slow ones  (ARGS=\"-k health\", ARGS=\"-m slow\")"
+	@echo "make test-services  tests that need servers beside ours: drives of S3, Google Cloud and Azure; emulators are installed"
 	@echo "make check   lint, format and types"
 	@echo "make bench   measure it beside its peers; an hour  (ARGS=\"--only limits --runs 1\")"
+	@echo "make chaos   break it on purpose, and count what was lost; an hour  (ARGS=\"kills --rounds 25\")"
 	@echo "make lock    pin the requirements anew (ARGS=--upgrade)"
 
 run: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed $(BIN)/gpt-worker env
-	@$(MAKE) --no-print-directory --silent embedded-if-needed
+	@$(MAKE) --no-print-directory --silent embedded-if-needed drive-if-needed
 	@exec $(BIN)/gunicorn wsgi:app $(ARGS)
 
 test: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev $(BIN)/gpt-worker env embedded
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow and not services" $(ARGS)
+
+test-services: venv
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev $(BIN)/gpt-worker env $(DRIVES:%=$(VENV)/.installed-drive-%) emulators
+	@$(BIN)/python -m pytest -m services $(ARGS)
 
 check: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev
@@ -41,10 +49,19 @@ bench: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev
 	@$(BIN)/python -m bench $(ARGS)
 
+chaos: venv
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev
+	@$(BIN)/python -m chaos $(ARGS)
+
 lock: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev
 	$(COMPILE) $(ARGS) pyproject.toml --output-file requirements.txt
 	$(COMPILE) $(ARGS) pyproject.toml --group dev --constraints requirements.txt --output-file requirements-dev.txt
+	for drive in $(DRIVES); do \
+		$(COMPILE) $(ARGS) pyproject.toml --extra $$drive --constraints requirements-dev.txt --output-file requirements-$$drive.txt || exit 1; \
+	done
+	printf 'moto[server]>=5.2,<6\ngcp-storage-emulator>=2026.7,<2027\n' | $(COMPILE) $(ARGS) - --output-file .ci/services-requirements.txt
+	echo "schemathesis>=4.32,<5" | $(COMPILE) $(ARGS) - --output-file chaos/requirements-schemathesis.txt
 
 # A virtual environment that is sound: one that is broken, half made or of another Python than asked for is made anew.
 venv:
@@ -67,16 +84,34 @@ venv:
 	exit 1
 
 $(VENV)/.installed: requirements.txt
+	@echo "gpt-worker: $(INSTALLING)" >&2
 	@touch $(VENV)/.installing
 	@$(PIP_INSTALL) --requirement requirements.txt
 	@rm $(VENV)/.installing
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.txt
+	@echo "gpt-worker: $(INSTALLING)" >&2
 	@touch $(VENV)/.installing
 	@$(PIP_INSTALL) --requirement requirements-dev.txt
 	@rm $(VENV)/.installing
 	@touch $@ $(VENV)/.installed
+
+# The driver of a drive, which needs what requirements.txt has in the same versions.
+$(VENV)/.installed-drive-%: requirements-%.txt
+	@$(PIP_INSTALL) --requirement $<
+	@touch $@
+
+# Servers for tests alone, in environments of their own. Where one can't be installed, the tests say so.
+emulators: $(VENV)-services/.installed .ci/azurite/node_modules/.installed
+
+$(VENV)-services/.installed: .ci/services-requirements.txt
+	@rm -rf $(VENV)-services
+	@$(BIN)/python -m venv $(VENV)-services
+	@-$(PIP_INSTALL:$(BIN)/%=$(VENV)-services/bin/%) --requirement $< && touch $@
+
+.ci/azurite/node_modules/.installed: .ci/azurite/package-lock.json
+	@-npm ci --prefix .ci/azurite --ignore-scripts --no-audit --no-fund --silent && touch $@
 
 # The client, as pip would install it, with no need of setuptools, from any directory and by a link to it.
 $(BIN)/gpt-worker: Makefile
@@ -91,6 +126,13 @@ env:
 embedded-if-needed:
 	@if $(BIN)/python -c 'import sys; from config import Settings; sys.exit(not Settings.from_env().embedded)' 2>/dev/null; then \
 		$(MAKE) --no-print-directory --silent embedded; \
+	fi
+
+# A drive that is not this machine's wants its driver, which the settings tell.
+drive-if-needed:
+	@drive=$$($(BIN)/python -c 'from config import Settings; print(Settings.from_env().drive.extra or "")' 2>/dev/null) || exit 0; \
+	if [ -n "$$drive" ] && ! $(MAKE) --no-print-directory --silent $(VENV)/.installed-drive-$$drive >/dev/null 2>&1; then \
+		echo "gpt-worker: the driver of the drive can't be installed (requirements-$$drive.txt): is there a network?" >&2; \
 	fi
 
 embedded:

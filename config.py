@@ -30,12 +30,35 @@ MODEL_PATTERN = r"^[\x21-\x7e]+$"  # of a model's name, in GPT_MODEL and in a jo
 MAX_MODEL_LENGTH = 200
 UNITS = {"": 1, "B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 AS_TYPED = frozenset({"ADMIN_PASSWORD", "DB_PASSWORD"})  # a space at the end of a password belongs to it
-# Settings of drives that are not there yet. By whole names: a machine's environment has other AZURE_… of its own.
-DRIVE_SETTINGS = (
-    *("S3_BUCKET", "S3_KEY", "S3_SECRET", "S3_REGION", "S3_ENDPOINT"),
-    *("GCS_BUCKET", "GCS_KEY_FILENAME", "GCS_ENDPOINT"),
-    *("AZURE_CONTAINER", "AZURE_CONNECTION_STRING", "DRIVE_URL"),
-)
+# What each DRIVE_DISK needs, and what it may have beside that. By whole names: a machine's environment has other
+# AZURE_… of its own.
+DRIVE_SETTINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "local": ((), ()),
+    "s3": (("S3_BUCKET", "S3_KEY", "S3_SECRET"), ("S3_REGION", "S3_ENDPOINT")),
+    "google-cloud": (("GCS_BUCKET",), ("GCS_KEY_FILENAME", "GCS_ENDPOINT")),
+    "azure": (("AZURE_CONTAINER", "AZURE_CONNECTION_STRING"), ()),
+    "custom": (("DRIVE_URL",), ()),
+}
+BUCKET = (r"[A-Za-z0-9$][A-Za-z0-9._-]{1,221}", "must be a plain name, without a slash or an address")
+ONE_WORD = (r"[\x21-\x7e]{1,1000}", "has a character that does not belong there: copy it again")
+DRIVE_FORMS: Mapping[str, tuple[str, str]] = {
+    **dict.fromkeys(("S3_BUCKET", "GCS_BUCKET", "AZURE_CONTAINER"), BUCKET),
+    **dict.fromkeys(("S3_KEY", "S3_SECRET", "S3_REGION"), ONE_WORD),
+    "AZURE_CONNECTION_STRING": (
+        r"UseDevelopmentStorage=true|(?=.*(AccountName|BlobEndpoint)=)(\w+=[^;\s]+;)*\w+=[^;\s]+;?",
+        "must be of the form Name=value;Name=value, with AccountName and AccountKey",
+    ),
+    "DRIVE_URL": (
+        r"[a-z][a-z0-9+.-]*://\S*",
+        "must be an address that fsspec knows, such as sftp://user@host/folder",
+    ),
+}
+# The extra of pyproject.toml that has the driver, by disk or by the scheme of DRIVE_URL.
+DRIVE_EXTRAS: Mapping[str, str] = {
+    **dict.fromkeys(("s3", "s3a"), "s3"),
+    **dict.fromkeys(("google-cloud", "gs", "gcs"), "google-cloud"),
+    **dict.fromkeys(("azure", "az", "abfs", "abfss"), "azure"),
+}
 
 
 class SettingsError(Exception):
@@ -55,6 +78,24 @@ class ApiKey:
         return f"key {self.number}"
 
 
+@dataclass(frozen=True, slots=True)
+class DriveSettings:
+    """DRIVE_DISK, and by their names the settings that belong to it."""
+
+    disk: str = "local"
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def scheme(self) -> str:
+        """Of DRIVE_URL; empty for the other disks."""
+        return self.values.get("DRIVE_URL", "").partition("://")[0]
+
+    @property
+    def extra(self) -> str | None:
+        """The extra of pyproject.toml, and the requirements-….txt, that the driver is installed by."""
+        return DRIVE_EXTRAS.get(self.scheme or self.disk)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Every setting, checked. `api_keys` is empty when the embedded model answers."""
@@ -68,16 +109,21 @@ class Settings:
     model: str
     model_path: Path | None
     threads_per_key: int
+    max_in_flight: int | None  # over all keys
     call_deadline_s: float
     request_api: str
     public_url: str
     webhook_secret: str = field(repr=False)
     database_path: Path
     database_setting: str  # the one that names the file, for messages about it
+    drive: DriveSettings
     inline_wait_s: float
     max_json_bytes: int
     max_upload_bytes: int
     max_tasks: int
+    max_user_jobs: int | None  # None: no limit, here and below
+    max_user_tasks: int | None
+    max_user_requests_per_minute: int | None
     retain_days: int
     admin_email: str | None
     admin_password: str | None = field(repr=False)
@@ -102,19 +148,22 @@ class Settings:
         return "sqlite:///" + str(self.database_path).replace("%", "%25")
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] | None = None, dotenv: Path | None = None) -> "Settings":
+    def from_env(
+        cls, env: Mapping[str, str] | None = None, dotenv: Path | None = None, *, for_command: bool = False
+    ) -> "Settings":
         """Read and check everything.
 
         Args:
             env: the process environment; it wins over the file. Default: `os.environ`.
             dotenv: the file with the rest; not read when NODE_ENV is test. Default: `.env` beside this module.
+            for_command: for one that signs nothing. No APP_KEY is made for it: without one it has a passing one.
 
         Raises:
             SettingsError: naming the first setting that is wrong.
         """
         process_env = dict(os.environ if env is None else env)
         path = Path(__file__).with_name(".env") if dotenv is None else dotenv
-        return _read(_Source.merge(process_env, path))
+        return _read(_Source.merge(process_env, path), makes_key=not for_command)
 
 
 class _Source:
@@ -201,7 +250,7 @@ def _is_http_address(text: str) -> bool:
     return bool(valid) and "@" not in parts.netloc and not re.search(r"[\s\x00-\x1f#]", text)
 
 
-def _read(source: _Source) -> Settings:
+def _read(source: _Source, *, makes_key: bool) -> Settings:
     environment = _environment(source)
     port = source.integer("PORT", 3333, 1, 65535)
     data_dir = _absolute("DATA_DIR", source.text("DATA_DIR", "./data"))
@@ -217,11 +266,10 @@ def _read(source: _Source) -> Settings:
         )
     if model in deprecated_models():
         raise SettingsError("GPT_MODEL names a model that OpenAI has deprecated: choose a current one")
-    _refuse_unsupported(source)
     admin_email, admin_password = _admin(source)
     database_setting, database_path = _database(source, data_dir)
     host = _host(source)
-    app_key = _app_key(source, environment, data_dir)
+    app_key = _app_key(source, environment, data_dir if makes_key else None)
     return Settings(
         environment=environment,
         host=host,
@@ -232,16 +280,23 @@ def _read(source: _Source) -> Settings:
         model=model,
         model_path=_model_path(source),
         threads_per_key=source.integer("GPT_THREADS_PER_KEY", 64, 1, 1024),
+        max_in_flight=source.integer("GPT_MAX_IN_FLIGHT", 0, 0, 100_000) or None,
         call_deadline_s=source.seconds("GPT_DEADLINE_S", 300, 0.1, 3600),
         request_api=source.exact_url("REQUEST_API", f"http://127.0.0.1:{port}"),
         public_url=source.base_url("PUBLIC_URL", f"http://127.0.0.1:{port}"),
         webhook_secret=_webhook_secret(source, app_key),
         database_path=database_path,
         database_setting=database_setting,
+        drive=_drive(source),
         inline_wait_s=source.seconds("INLINE_WAIT_S", 300, 0, 86_400),
         max_json_bytes=source.size_bytes("MAX_JSON_BYTES", 16 << 20, 1 << 30),
         max_upload_bytes=source.size_bytes("MAX_UPLOAD_BYTES", 1 << 30, 1 << 40),
         max_tasks=source.integer("MAX_TASKS", 2_000_000, 1, 1_000_000_000),
+        max_user_jobs=source.integer("MAX_USER_JOBS", 1000, 0, 1_000_000) or None,
+        max_user_tasks=source.integer("MAX_USER_TASKS", 10_000_000, 0, 1_000_000_000) or None,
+        max_user_requests_per_minute=(
+            source.integer("MAX_USER_REQUESTS_PER_MINUTE", 6000, 0, 1_000_000_000) or None
+        ),
         retain_days=source.integer("RETAIN_DAYS", 30, 0, 36_500),
         admin_email=admin_email,
         admin_password=admin_password,
@@ -295,7 +350,8 @@ def _api_keys(source: _Source) -> tuple[ApiKey, ...]:
     return tuple(keys)
 
 
-def _app_key(source: _Source, environment: str, data_dir: Path) -> str:
+def _app_key(source: _Source, environment: str, data_dir: Path | None) -> str:
+    """The one that is set, else the one kept in `data_dir`, made there if need be; None: one that nothing keeps."""
     app_key = source.text("APP_KEY")
     if app_key:
         if len(app_key) < MIN_APP_KEY_LENGTH:
@@ -305,7 +361,7 @@ def _app_key(source: _Source, environment: str, data_dir: Path) -> str:
         raise SettingsError(
             f"APP_KEY is needed in production: set a secret of {MIN_APP_KEY_LENGTH} characters or more"
         )
-    return _made_once(data_dir)
+    return secrets.token_urlsafe(48) if data_dir is None else _made_once(data_dir)
 
 
 def _made_once(data_dir: Path) -> str:
@@ -385,12 +441,40 @@ def _database(source: _Source, data_dir: Path) -> tuple[str, Path]:
     return "DB_DATABASE" if name else "DATA_DIR", data_dir / (name or "gpt-worker.sqlite3")
 
 
-def _refuse_unsupported(source: _Source) -> None:
-    if source.text("DRIVE_DISK", "local") != "local":
-        raise SettingsError("DRIVE_DISK: only local is supported yet")
-    for name in DRIVE_SETTINGS:
+def _drive(source: _Source) -> DriveSettings:
+    """The drive's settings: those of the chosen disk are there, and none of another."""
+    disk = source.text("DRIVE_DISK", "local")
+    if disk not in DRIVE_SETTINGS:
+        raise SettingsError(f"DRIVE_DISK must be one of {', '.join(DRIVE_SETTINGS)}")
+    of_others = [
+        (owner, name) for owner, names in DRIVE_SETTINGS.items() if owner != disk for name in sum(names, ())
+    ]
+    for owner, name in of_others:
         if name in source.values:
-            raise SettingsError(f"{name} is not supported yet: DRIVE_DISK takes only local, so leave it out")
+            raise SettingsError(
+                f"{name} belongs to DRIVE_DISK={owner}, but DRIVE_DISK is {disk}: leave one of them out"
+            )
+    needed, optional = DRIVE_SETTINGS[disk]
+    for name in needed:
+        if name not in source.values:
+            raise SettingsError(f"{name} is missing: DRIVE_DISK={disk} needs it")
+    values = {name: source.text(name) for name in (*needed, *optional) if name in source.values}
+    for name in values.keys() & {"S3_ENDPOINT", "GCS_ENDPOINT"}:
+        values[name] = source.base_url(name, "")
+    for name, (pattern, what) in DRIVE_FORMS.items():
+        if name in values and not re.fullmatch(pattern, values[name], re.ASCII):
+            raise SettingsError(f"{name} {what}")
+    if disk == "google-cloud":
+        _check_google_cloud(values)
+    return DriveSettings(disk, values)
+
+
+def _check_google_cloud(values: dict[str, str]) -> None:
+    path = values.get("GCS_KEY_FILENAME")
+    if path is not None:
+        values["GCS_KEY_FILENAME"] = str(_absolute("GCS_KEY_FILENAME", path))
+    elif "GCS_ENDPOINT" not in values:  # an emulator wants no key
+        raise SettingsError("GCS_KEY_FILENAME is missing: DRIVE_DISK=google-cloud needs it")
 
 
 def _model_path(source: _Source) -> Path | None:

@@ -21,7 +21,7 @@ bind = f"[{settings.host}]:{settings.port}"  # so gunicorn takes any host for wh
 worker_class = web_worker.WebWorker
 logger_class = web_worker.ServerLogger
 threads = web_worker.THREADS
-worker_connections = 4096  # a silent connection costs a file descriptor, not a thread
+worker_connections = 4096  # a silent one costs a file descriptor, not a thread; at so many the idlest go
 keepalive = 75  # longer than the minute after which common proxies let go of an idle connection
 limit_request_line = 8190  # signed links are long
 graceful_timeout = web_worker.GRACEFUL_TIMEOUT_S
@@ -29,6 +29,8 @@ timeout = 120  # of the main loop, which never waits for a request; it bounds no
 max_requests = 0
 preload_app = False
 http_parser = "python"
+# Else any local client, or proxy that passes its headers on, may move us to another path by SCRIPT_NAME.
+forwarder_headers = ""
 sendfile = False  # it would wait for ever for a client that takes nothing
 control_socket_disable = True
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  # gunicorn makes its file there safely

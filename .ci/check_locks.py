@@ -19,7 +19,16 @@ LOCKS = (
     "requirements.txt",
     "requirements-dev.txt",
     "requirements-embedded.txt",
+    "requirements-s3.txt",
+    "requirements-google-cloud.txt",
+    "requirements-azure.txt",
+    ".ci/services-requirements.txt",
     ".ci/browser-requirements.txt",
+    "bench/requirements-litellm-proxy.txt",
+    "bench/requirements-litellm-router.txt",
+    "bench/requirements-openai.txt",
+    "bench/requirements-plots.txt",
+    "chaos/requirements-schemathesis.txt",
 )
 AUDIT_TIMEOUT_S = 300
 
@@ -72,6 +81,14 @@ def find_unlocked() -> list[str]:
     asked = project["project"]["dependencies"]
     faults += find_unmet(asked, runtime, "requirements.txt")
     faults += find_unmet(asked + project["dependency-groups"]["dev"], dev, "requirements-dev.txt")
+    for extra, drivers in project["project"]["optional-dependencies"].items():
+        name = f"requirements-{extra}.txt"
+        faults += find_unmet(asked + drivers, locks[name], name)
+        faults += [
+            f"{name}: {package} differs from requirements.txt; run make lock"
+            for package, requirement in runtime.items()
+            if package not in locks[name] or locks[name][package].specifier != requirement.specifier
+        ]
     for package, requirement in runtime.items():
         if package not in dev or dev[package].specifier != requirement.specifier:
             faults.append(f"requirements-dev.txt: {package} differs from requirements.txt; run make lock")

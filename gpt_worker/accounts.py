@@ -2,7 +2,9 @@
 
 Passwords are hashed with argon2id. A token is a JWT that counts only while the database has a row for it, so
 that revoking one, disabling a user or changing a password takes effect with the next request. Wrong passwords are
-counted per address in the database; nothing is locked for ever.
+counted in the database, per address and network they come from, and per address alone; those of whoever brings a
+token of the account are counted apart. So strangers who keep guessing don't keep its owner out; nor do those who
+keep many logins going, since places and hashes are shared out by network, and some are kept for who has a token.
 """
 
 import hashlib
@@ -12,6 +14,7 @@ import os
 import re
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +45,7 @@ from gpt_worker.errors import (
 from gpt_worker.models import LoginFailureRow, TokenRow, UserRow
 from gpt_worker.modes import ModeBoard, close_registration, read_modes
 from gpt_worker.store import accounts as store
+from gpt_worker.user_limits import Party, PartyPlaces, PartyTurns, RequestBuckets
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,8 @@ MAX_TOKEN_LENGTH = 2048
 LOGIN_LIFETIME = timedelta(hours=24)
 ENDLESS_LIFETIME = timedelta(days=3650)  # of a token "without an end": the JWT must have one
 
-FREE_FAILURES = 5
+FREE_FAILURES = 5  # from one network, or with a token
+FREE_FAILURES_ANYWHERE = 50  # more than one network has in its window, so that it alone locks nobody else out
 FAILURE_WINDOW = timedelta(minutes=15)
 MAX_LOCK_S = 15 * 60
 KEEP_FAILURES = timedelta(hours=1)  # longer than any lock and the window after it
@@ -64,6 +69,11 @@ ARGON2_MEMORY_KIB = 19 * 1024  # with the two below: OWASP's least for argon2id
 ARGON2_PASSES = 2
 ARGON2_LANES = 1
 HASHES_AT_ONCE = 2
+# Those that wait for a hash too; together fewer than the threads kept for short requests.
+STRANGERS_AT_ONCE = 16
+KNOWN_AT_ONCE = 8
+LOGINS_OF_ONE = 4  # network of strangers, or user who is known
+FAILED_LOGINS_PER_MINUTE = 240  # of the strangers of one network
 MAX_HASH_WAIT_S = 10
 
 SETUP_TOKEN_FILE = "setup-token"
@@ -106,6 +116,32 @@ class Authenticated:
 
 
 @dataclass(frozen=True, slots=True)
+class FailureCount:
+    """One count of wrong passwords; its name tells nobody whose they are."""
+
+    name: str
+    free: int = FREE_FAILURES
+    drains: bool = False
+    """As many as are free are forgiven in each window, evenly; else all together, after a window without any."""
+
+    def so_far(self, failure: LoginFailureRow | None, now: datetime) -> int:
+        """Those that still count."""
+        if failure is None:
+            return 0
+        if self.drains:
+            elapsed = max(now - failure.last_failed_at, timedelta(0))  # a clock may be set back
+            return max(0, failure.failures - int(elapsed * self.free / FAILURE_WINDOW))
+        return 0 if _is_forgiven(failure, now) else failure.failures
+
+
+@dataclass(frozen=True, slots=True)
+class Comer(Party):
+    """Whoever shows a password: with whom they share places and turns, and the counts of their wrong ones."""
+
+    counts: Sequence[FailureCount]
+
+
+@dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
     """One page of a list, newest first, and the cursor of the next."""
 
@@ -118,11 +154,11 @@ def normalise_email(email: str) -> str:
     return email.strip().casefold()
 
 
-def lock_s(failures: int) -> int:
+def lock_s(failures: int, free: int = FREE_FAILURES) -> int:
     """Seconds that an address is locked for after so many wrong passwords: from 1 s to 15 min, doubling."""
-    if failures < FREE_FAILURES:
+    if failures < free:
         return 0
-    return min(1 << min(failures - FREE_FAILURES, 30), MAX_LOCK_S)
+    return min(1 << min(failures - free, 30), MAX_LOCK_S)
 
 
 def install_tokens(app: Flask, settings: Settings) -> None:
@@ -145,16 +181,16 @@ class Passwords:
 
     def __init__(self) -> None:
         self._hasher = argon2.PasswordHasher(ARGON2_PASSES, ARGON2_MEMORY_KIB, ARGON2_LANES)
-        self._slots = threading.BoundedSemaphore(HASHES_AT_ONCE)
+        self._turns = PartyTurns(HASHES_AT_ONCE)
         self._nobodys_hash = self._hasher.hash(secrets.token_urlsafe())
 
-    def hash(self, password: str) -> str:
-        with _held(self._slots):
+    def hash(self, password: str, party: Party) -> str:
+        with self._turns.take(party, MAX_HASH_WAIT_S):
             return self._hasher.hash(password)
 
-    def match(self, password_hash: str | None, password: str) -> bool:
+    def match(self, password_hash: str | None, password: str, party: Party) -> bool:
         """Whether it is the password; without a hash (there is no such user) no, but after the same work."""
-        with _held(self._slots):
+        with self._turns.take(party, MAX_HASH_WAIT_S):
             try:
                 self._hasher.verify(password_hash or self._nobodys_hash, password)
             except (argon2.exceptions.VerificationError, argon2.exceptions.InvalidHashError):
@@ -174,6 +210,7 @@ class Accounts:
         settings: Settings,
         modes: ModeBoard,
         clock: Callable[[], datetime] = utc_now,
+        now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._database = database
         self._settings = settings
@@ -181,7 +218,15 @@ class Accounts:
         self._clock = clock
         self._passwords = Passwords()
         self._address_key = derive(settings.app_key, "login failures")
-        self._address_locks = [threading.Lock() for _ in range(64)]
+        self._network_key = derive(settings.app_key, "login failures of one network")
+        self._user_key = derive(settings.app_key, "login failures of those who have a token")
+        # By whether they are known: who has a token waits for nothing that a stranger holds.
+        self._counter_locks = {known: [threading.Lock() for _ in range(64)] for known in (True, False)}
+        self._places = {
+            True: PartyPlaces(KNOWN_AT_ONCE, LOGINS_OF_ONE),
+            False: PartyPlaces(STRANGERS_AT_ONCE, LOGINS_OF_ONE),
+        }
+        self._failed_logins = RequestBuckets(now_s=now_s)  # of the strangers of a network
 
     # Starting
 
@@ -202,7 +247,7 @@ class Accounts:
             )
 
     def _add_first_admin(self, email: str, password: str) -> None:
-        password_hash = self._passwords.hash(password)
+        password_hash = self._passwords.hash(password, Party("", is_known=True))
         with self._database.write() as session:
             if store.any_user(session):
                 return
@@ -244,10 +289,13 @@ class Accounts:
 
     # Coming in and going out
 
-    def register(self, email: str, password: str, setup_token: str | None = None) -> tuple[User, IssuedToken]:
+    def register(
+        self, email: str, password: str, setup_token: str | None = None, network: str = ""
+    ) -> tuple[User, IssuedToken]:
         """Open an account and log it in; the first one is the admin's and turns registration off.
 
         Raises:
+            Unavailable: too many logins at once, of this `network` or of all.
             Invalid: not an e-mail address, or a password of a wrong length.
             Forbidden: registration is off, or production's first account lacks the set-up token.
             Conflict: the address has an account.
@@ -255,9 +303,12 @@ class Accounts:
         address = normalise_email(email)
         _check_email(address)
         _check_password("password", password)
-        with self._database.read() as session:  # before the costly hash; it is the second look that counts
-            self._admit(session, address, setup_token)
-        password_hash = self._passwords.hash(password)
+        role = self._look_whether_to_admit(address, setup_token)
+        # Many may come for the first account at once: they wait, and learn that they are late.
+        stranger = Party(network, is_known=False)
+        with self._places[False].hold(stranger, MAX_HASH_WAIT_S if role is Role.ADMIN else 0):
+            self._look_whether_to_admit(address, setup_token)
+            password_hash = self._passwords.hash(password, stranger)
         with self._database.write() as session:
             role = self._admit(session, address, setup_token)
             user = self._add_user(session, address, password_hash, role)
@@ -267,6 +318,11 @@ class Accounts:
             self._setup_token_path.unlink(missing_ok=True)
         logger.info("An account was registered.", extra={"action": "registered", "user_id": user.id})
         return user, token
+
+    def _look_whether_to_admit(self, address: str, setup_token: str | None) -> Role:
+        """Before the costly hash; what counts is the look in the transaction that adds the account."""
+        with self._database.read() as session:
+            return self._admit(session, address, setup_token)
 
     def _admit(self, session: Session, address: str, setup_token: str | None) -> Role:
         if not store.any_user(session):
@@ -297,15 +353,39 @@ class Accounts:
             close_registration(session)
         return _user(row)
 
-    def login(self, email: str, password: str) -> IssuedToken:
+    def login(
+        self, email: str, password: str, earlier_token: str | None = None, network: str = ""
+    ) -> IssuedToken:
         """A token for 24 hours.
+
+        Args:
+            earlier_token: of the account, even one that has ended. It opens nothing: it shows that its bearer is no
+                stranger, and must not be locked out by them (OWASP, "Slow Down Online Guessing Attacks with Device
+                Cookies").
+            network: where the request comes from. Wrong passwords from elsewhere lock it only when they are many, and
+                logins from elsewhere take only their own places and turns.
 
         Raises:
             Unauthenticated: wrong, unknown or disabled, which can't be told apart.
-            TooMany: the address is locked after wrong passwords; even the right one is not looked at.
+            TooMany: locked after wrong passwords, or too many logins of strangers have failed from this network; even
+                the right one is not looked at.
+            Unavailable: too many logins at once.
         """
-        with self._proven(normalise_email(email), password) as (session, user):
+        address = normalise_email(email)
+        known_id = self._user_of_earlier(earlier_token, address) if earlier_token else None
+        comer = self._holder(known_id) if known_id else self._stranger(address, network)
+        with self._proven(address, password, comer) as (session, user):
             return self._issue(session, user.id, None, LOGIN_LIFETIME)
+
+    def _user_of_earlier(self, token: str, address: str) -> str | None:
+        """The user of this address, if the token was ever theirs."""
+        try:
+            _, user_id = _read_claims(token, allow_expired=True)
+        except Unauthenticated:
+            return None
+        with self._database.read() as session:
+            user = store.find_user_by_email(session, address)
+        return user_id if user is not None and user.id == user_id else None
 
     def logout(self, token_id: str, user_id: str) -> None:
         with self._database.write() as session:
@@ -319,15 +399,33 @@ class Accounts:
         """
         token_id, user_id = _read_claims(token)
         with self._database.read() as session:
-            found = store.find_token(session, token_id)
+            user = self._bearer(session, token_id)
+        if user.id != user_id:
+            raise _revoked()
+        return Authenticated(Caller(user.id, user.email, Role(user.role)), token_id)
+
+    def admit_again(self, token_id: str | None, session: Session) -> None:
+        """Whether who was let in with this token, or with None as the anonymous user, would be now.
+
+        Asked in the transaction that stores what they have sent since, so that nothing comes of it when it has ended.
+        Raises Unauthenticated.
+        """
+        if token_id is not None:
+            self._bearer(session, token_id)
+        elif read_modes(session).auth:
+            raise Unauthenticated("This needs a token by now: Authorization: Bearer …")
+
+    def _bearer(self, session: Session, token_id: str) -> UserRow:
+        """The user of a token that counts. Raises Unauthenticated."""
+        found = store.find_token(session, token_id)
         if found is None:
-            raise Unauthenticated("The token was revoked.")
+            raise _revoked()
         row, user = found
-        if user.id != user_id or user.disabled:
-            raise Unauthenticated("The token was revoked.")
+        if user.disabled:
+            raise _revoked()
         if row.expires_at is not None and row.expires_at <= self._clock():
             raise Unauthenticated("The token has expired.")
-        return Authenticated(Caller(user.id, user.email, Role(user.role)), row.id)
+        return user
 
     # One's own account
 
@@ -341,24 +439,26 @@ class Accounts:
         Raises:
             Invalid: the new password has a wrong length.
             Forbidden: the old password is wrong.
-            TooMany: the address is locked after wrong passwords.
+            TooMany: locked after wrong passwords of those who have a token.
+            Unavailable: too many logins at once.
         """
         _check_password("new", new)
         address = self.me(user_id).email
         try:
-            with self._proven(address, old, hash_instead=new) as (session, user):
+            with self._proven(address, old, self._holder(user_id), hash_instead=new) as (session, user):
                 store.delete_tokens(session, user.id, but=token_id)
         except Unauthenticated as error:
             raise Forbidden("The old password is wrong.") from error
         logger.info("A password was changed.", extra={"action": "password_changed", "user_id": user_id})
 
-    def create_api_token(self, user_id: str, name: str, expires_in_days: int | None = None) -> IssuedToken:
-        """A long-lived token for scripts; its text is never shown again."""
+    def create_api_token(self, token_id: str, name: str, expires_in_days: int | None = None) -> IssuedToken:
+        """A long-lived token for scripts, of the user whose token `token_id` is; its text is never shown again.
+
+        Raises Unauthenticated when that token has been revoked: a new one must not outlive a change of the password.
+        """
         lifetime = None if expires_in_days is None else timedelta(days=expires_in_days)
         with self._database.write() as session:
-            user = store.find_user(session, user_id)
-            if user is None or user.disabled:
-                raise Unauthenticated("The token was revoked.")
+            user_id = self._bearer(session, token_id).id
             token = self._issue(session, user_id, name, lifetime)
         logger.info("A token was created.", extra={"action": "token_created", "user_id": user_id})
         return token
@@ -420,62 +520,93 @@ class Accounts:
 
     @contextmanager
     def _proven(
-        self, address: str, password: str, *, hash_instead: str | None = None
+        self, address: str, password: str, comer: Comer, *, hash_instead: str | None = None
     ) -> Iterator[tuple[Session, UserRow]]:
         """A writing transaction for the user whose password this is; `hash_instead` becomes the new password.
 
-        One look at a time for an address, so that a hundred guesses at once aren't a hundred free ones.
+        One look at a time for a count of wrong passwords, so that a hundred guesses at once aren't a hundred free
+        ones. The last of the counts is the widest; a good password forgives those of the first.
         """
-        email_hash = hmac.new(self._address_key, address.encode(), hashlib.sha256).hexdigest()
-        with _held(self._address_locks[int(email_hash, 16) % len(self._address_locks)]):
-            user = self._check(email_hash, address, password)
+        locks = self._counter_locks[comer.is_known]
+        lock = locks[int(comer.counts[-1].name, 16) % len(locks)]
+        with self._places[comer.is_known].hold(comer), _held(lock, MAX_HASH_WAIT_S):
+            self._take_from_network(comer)
+            user = self._check(comer, address, password)
+            self._give_back_to_network(comer)
             new_hash = None
             if hash_instead is not None:
-                new_hash = self._passwords.hash(hash_instead)
+                new_hash = self._passwords.hash(hash_instead, comer)
             elif self._passwords.outdated(user.password_hash):
-                new_hash = self._passwords.hash(password)
+                new_hash = self._passwords.hash(password, comer)
             with self._database.write() as session:
                 current = store.find_user(session, user.id)
                 if current is None or current.disabled or current.password_hash != user.password_hash:
                     raise _wrong()  # changed while we were hashing
-                store.clear_login_failures(session, email_hash)
+                store.clear_login_failures(session, comer.counts[0].name)
                 if new_hash is not None:
                     current.password_hash = new_hash
                 yield session, current
 
-    def _check(self, email_hash: str, address: str, password: str) -> UserRow:
+    def _stranger(self, address: str, network: str) -> Comer:
+        """Counted for this network, and for all, so that many networks have no more than a few guesses each."""
+        here = hmac.new(self._network_key, f"{network}\n{address}".encode(), hashlib.sha256).hexdigest()
+        anywhere = hmac.new(self._address_key, address.encode(), hashlib.sha256).hexdigest()
+        counts = FailureCount(here), FailureCount(anywhere, FREE_FAILURES_ANYWHERE, drains=True)
+        return Comer(network, False, counts)
+
+    def _holder(self, user_id: str) -> Comer:
+        """Counted for all who bring a token of this user, since one a token would give five more guesses with each."""
+        name = hmac.new(self._user_key, user_id.encode(), hashlib.sha256).hexdigest()
+        return Comer(user_id, True, (FailureCount(name),))
+
+    def _take_from_network(self, comer: Comer) -> None:
+        """Count a login of strangers as failed, until it is known. Raises TooMany when that is one too many."""
+        if comer.is_known:
+            return
+        wait_s = self._failed_logins.take(comer.name, FAILED_LOGINS_PER_MINUTE)
+        if wait_s > 0:
+            raise TooMany("Too many logins from this network have failed.", wait_s)
+
+    def _give_back_to_network(self, comer: Comer) -> None:
+        if not comer.is_known:
+            self._failed_logins.give_back(comer.name, FAILED_LOGINS_PER_MINUTE)
+
+    def _check(self, comer: Comer, address: str, password: str) -> UserRow:
+        counts = comer.counts
         with self._database.read() as session:
-            failure = store.find_login_failure(session, email_hash)
+            failures = [store.find_login_failure(session, count.name) for count in counts]
             user = store.find_user_by_email(session, address)
-        locked_s = _locked_s(failure, self._clock())
+        now = self._clock()
+        locked_s = max(_locked_s(failure, now) for failure in failures)
         if locked_s > 0:
             raise TooMany("Too many wrong passwords for this address.", locked_s)
         matches = self._passwords.match(
-            user.password_hash if user else None, password[: max(PASSWORD_LENGTHS) + 1]
+            user.password_hash if user else None, password[: max(PASSWORD_LENGTHS) + 1], comer
         )
         if user is None or user.disabled or not matches:
-            self._count_failure(email_hash)
+            self._count_failure(counts)
             raise _wrong()
         return user
 
-    def _count_failure(self, email_hash: str) -> None:
+    def _count_failure(self, counts: Sequence[FailureCount]) -> None:
         now = self._clock()
+        longest_s = 0
         with self._database.write() as session:
-            earlier = store.find_login_failure(session, email_hash)
-            failures = 1 if earlier is None or _is_forgiven(earlier, now) else earlier.failures + 1
-            duration_s = lock_s(failures)
-            row = LoginFailureRow(
-                email_hash=email_hash,
-                failures=failures,
-                last_failed_at=now,
-                locked_until=now + timedelta(seconds=duration_s) if duration_s else None,
-            )
-            store.save_login_failure(session, row)
-        if duration_s:
+            for count in counts:
+                failures = count.so_far(store.find_login_failure(session, count.name), now) + 1
+                duration_s = lock_s(failures, count.free)
+                longest_s = max(longest_s, duration_s)
+                row = LoginFailureRow(
+                    email_hash=count.name,
+                    failures=failures,
+                    last_failed_at=now,
+                    locked_until=now + timedelta(seconds=duration_s) if duration_s else None,
+                )
+                store.save_login_failure(session, row)
+        if longest_s:
             logger.info(
-                "An address is locked for %d s after %d wrong passwords.",
-                duration_s,
-                failures,
+                "An address is locked for %d s after wrong passwords.",
+                longest_s,
                 extra={"action": "login_locked"},
             )
 
@@ -506,12 +637,12 @@ def _check_password(name: str, password: str) -> None:
         raise Invalid(FieldError((name,), f"must have {shortest} to {longest} characters"))
 
 
-def _read_claims(token: str) -> tuple[str, str]:
+def _read_claims(token: str, *, allow_expired: bool = False) -> tuple[str, str]:
     """The ids of the token and of its user, once its signature, audience and end are found good."""
     if len(token) > MAX_TOKEN_LENGTH:
         raise _not_ours()
     try:
-        claims = decode_token(token)
+        claims = decode_token(token, allow_expired=allow_expired)
     except jwt.ExpiredSignatureError as error:
         raise Unauthenticated("The token has expired.") from error
     except (jwt.PyJWTError, JWTExtendedException) as error:
@@ -521,6 +652,10 @@ def _read_claims(token: str) -> tuple[str, str]:
     if not claims.get("exp") or not isinstance(token_id, str) or not isinstance(user_id, str):
         raise _not_ours()
     return token_id, user_id
+
+
+def _revoked() -> Unauthenticated:
+    return Unauthenticated("The token was revoked.")
 
 
 def _not_ours() -> Unauthenticated:
@@ -569,9 +704,9 @@ def _page(items: Sequence[T], limit: int, cursor: Callable[[T], str]) -> Page[T]
 
 
 @contextmanager
-def _held(lock: "threading.Lock | threading.Semaphore") -> Iterator[None]:
-    """Hold a lock or a place, but don't queue for it without end."""
-    if not lock.acquire(timeout=MAX_HASH_WAIT_S):
+def _held(lock: threading.Lock, wait_s: float) -> Iterator[None]:
+    """Hold a lock, but don't queue for it without end."""
+    if not lock.acquire(timeout=wait_s):
         raise Unavailable("Too many logins at once.", retry_after_s=1)
     try:
         yield

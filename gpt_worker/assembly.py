@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 from flask import Flask
 
-from config import ApiKey, Settings
+from config import ApiKey, Settings, SettingsError
 from gpt_worker import __version__, api, embedded
 from gpt_worker.accounts import Accounts, install_tokens
 from gpt_worker.db import Database
 from gpt_worker.deliveries import Deliveries
 from gpt_worker.dispatcher import Dispatcher
+from gpt_worker.drives import hint, make_drive
+from gpt_worker.flights import Flights
 from gpt_worker.gpt import Endpoint
 from gpt_worker.janitor import Janitor
 from gpt_worker.jobs import Jobs
@@ -19,10 +21,12 @@ from gpt_worker.keys import KeyBoard
 from gpt_worker.lanes import Lane
 from gpt_worker.modes import ModeBoard
 from gpt_worker.progress import ProgressBoard
+from gpt_worker.rate_limit import Bursts
 from gpt_worker.recorder import Recorder
+from gpt_worker.result_files import ResultFiles
 from gpt_worker.service import Service
 from gpt_worker.signing import link_key
-from gpt_worker.transport import Transport
+from gpt_worker.transport import ProxyUnusable, Transport
 
 EMBEDDED_LANES = 2
 EMBEDDED_THREADS = 2  # each: the model has four slots
@@ -38,19 +42,29 @@ def assemble(settings: Settings) -> Flask:
     accounts = Accounts(database, settings, modes)
     recorder = Recorder(database, settings.request_api)
     keys = settings.api_keys or local_keys()
+    flights = Flights(settings.data_dir / "in-flight")
     dispatcher = Dispatcher(
         database,
         recorder,
         lambda lock: make_lanes(settings, keys, lock),
+        flights=flights,
         call_deadline_s=settings.call_deadline_s,
+        max_in_flight=settings.max_in_flight,
     )
     deliveries = Deliveries(database, settings, version=__version__)
-    janitor = Janitor(database, settings.retain_days, accounts.sweep)
-    jobs = Jobs(database, dispatcher, settings, freeze_owed=deliveries.freeze_owed, on_discarded=janitor.wake)
+    result_files = ResultFiles(database, make_drive(settings), hint=hint(settings.drive))
+    janitor = Janitor(database, settings.retain_days, accounts.sweep, on_files=result_files.wake)
+
+    def on_discarded() -> None:
+        result_files.wake()
+        janitor.wake()
+
+    jobs = Jobs(database, dispatcher, settings, freeze_owed=deliveries.freeze_owed, on_discarded=on_discarded)
     progress = ProgressBoard()
     recorder.on_committed = progress.changed
     recorder.on_ended = jobs.ended
     recorder.on_delivery = deliveries.wake
+    recorder.on_file = result_files.wake
     recorder.on_recovered = dispatcher.wake
     app.extensions["gpt_worker"] = Service(
         app=app,
@@ -59,8 +73,10 @@ def assemble(settings: Settings) -> Flask:
         modes=modes,
         accounts=accounts,
         recorder=recorder,
+        flights=flights,
         dispatcher=dispatcher,
         deliveries=deliveries,
+        result_files=result_files,
         jobs=jobs,
         janitor=janitor,
         embedded=make_embedded(settings, keys, dispatcher) if settings.embedded else None,
@@ -77,14 +93,18 @@ def assemble(settings: Settings) -> Flask:
 def make_lanes(settings: Settings, keys: Sequence[ApiKey], lock: threading.Lock) -> list[Lane]:
     """A lane for each key; those of the embedded model get their endpoint when it has started."""
     token_limit_names: dict[tuple[str, str], str] = {}
+    bursts: dict[str, dict[str, Bursts]] = {}  # what the keys of one endpoint teach each other
     lanes: list[Lane] = []
     for key in keys:
         threads = EMBEDDED_THREADS if settings.embedded else settings.threads_per_key
-        lane = Lane(key, threads, lock)
+        lane = Lane(key, threads, lock, bursts.setdefault(key.base_url, {}))
         if settings.embedded:
             lane.down = EMBEDDED_STARTING
         else:
-            transport = Transport(key.base_url, threads, loopback_only=settings.offline)
+            try:
+                transport = Transport(key.base_url, threads, loopback_only=settings.offline)
+            except ProxyUnusable as error:
+                raise SettingsError(str(error)) from error
             lane.endpoint = Endpoint(transport, key.secret, token_limit_names)
         lanes.append(lane)
     return lanes

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from gpt_worker.domain import ErrorCode, Failure
-from gpt_worker.rate_limit import Bound
+from gpt_worker.rate_limit import UNTOLD, RateRefusal
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
+LONGEST_DRIVE_WAIT_S = 600.0
 MAX_ATTEMPTS = 5
-MAX_TIMEOUTS = 2
+MAX_TIMEOUTS = 3  # where one call in a hundred hangs, two would lose one task of ten thousand
 FREE_RATE_LIMITS = 20
 RATE_LIMITS_AT_FRONT = 2
 
@@ -29,6 +30,7 @@ class ProblemKind(StrEnum):
     FINAL = "final"  # the task's own
     STALE = "stale"  # the connection's: the task's first one costs it nothing
     RESENT = "resent"  # the request's form; it goes again in another, uncharged
+    PACK_REFUSED = "pack_refused"  # the endpoint's, which takes no packs: singles from now on, uncharged
 
     @property
     def shows_good_key(self) -> bool:
@@ -50,7 +52,8 @@ class Problem:
     message: str
     retry_after_s: float | None = None
     about_settings: bool = False
-    bound: Bound | None = None  # the limit that a rate limited call ran into, if the server names it
+    rate_limit: RateRefusal = UNTOLD
+    param: str | None = None  # what of the request the endpoint did not like
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +96,20 @@ def backoff_s(attempt: int, jitter: float) -> float:
     return jitter * min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** (attempt - 1))
 
 
-def decide(problem: Problem, tries: Tries, jitter: float) -> Again | GivenUp:
-    """What becomes of a task after this problem; `tries` is what it had been through before."""
+def drive_wait_s(attempt: int) -> float:
+    """The wait after a file's attempt 1, 2, … failed: 1 s, doubling to 10 min; there is no last attempt."""
+    return min(LONGEST_DRIVE_WAIT_S, FIRST_WAIT_S * 2.0 ** min(attempt - 1, 30))
+
+
+def decide(problem: Problem, tries: Tries, jitter: float, took_s: float = 0.0) -> Again | GivenUp:
+    """What becomes of a task after this problem; `tries` is what it had been through before.
+
+    `took_s`: what the call took. The backoff counts from its start: an endpoint that has let us wait for the call's
+    whole deadline has had its time.
+    """
     attempts = tries.attempts + 1
     match problem.kind:
-        case ProblemKind.RESENT:
+        case ProblemKind.RESENT | ProblemKind.PACK_REFUSED:
             return Again(0.0, Place.FRONT, tries, elsewhere=False)
         case (
             ProblemKind.KEY_REFUSED
@@ -114,10 +126,8 @@ def decide(problem: Problem, tries: Tries, jitter: float) -> Again | GivenUp:
             timeouts = tries.timeouts + (problem.code is ErrorCode.TIMEOUT)
             if attempts >= MAX_ATTEMPTS or timeouts >= MAX_TIMEOUTS:
                 return GivenUp(Failure(problem.code, problem.message), attempts)
-            told_s = min(
-                LONGEST_WAIT_S, problem.retry_after_s or 0.0
-            )  # another key may do better before that
-            wait_s = max(backoff_s(attempts, jitter), told_s)
+            told_s = min(LONGEST_WAIT_S, problem.retry_after_s or 0.0)  # another key may do better by then
+            wait_s = max(backoff_s(attempts, jitter) - took_s, told_s)
             tried = replace(tries, attempts=attempts, timeouts=timeouts)
             return Again(wait_s, Place.FRONT, tried, elsewhere=True)
         case ProblemKind.FINAL:

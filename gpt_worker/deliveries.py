@@ -1,8 +1,9 @@
 """The outbox at work: a stored delivery → its body, frozen once → a signed POST → the next one or the end.
 
 The recorder stores a delivery in the commit that ends its job and calls `wake()`. One scheduler sleeps until
-the next is due and hands it to one of a few senders. A delivery is in one hand at a time, and all it needs to
-go on stands in the database, so a restart only continues. Signatures come from `signing`.
+the next is due and hands it to one of a few senders, of which no receiver has all, and one that does not answer has
+one. A delivery is in one hand at a time, and all it needs to go on stands in the database, so a restart only continues.
+Signatures come from `signing`.
 """
 
 import hashlib
@@ -13,19 +14,22 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from config import Settings
 from gpt_worker import rendering, signing
 from gpt_worker.addresses import is_loopback
-from gpt_worker.db import Database
+from gpt_worker.db import Database, trouble_of
 from gpt_worker.domain import HIDDEN, Caller, DeliveryStatus, utc_now
 from gpt_worker.errors import Conflict, Forbidden, NotFound
 from gpt_worker.models import DeliveryRow
@@ -38,6 +42,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SENDERS = 4
+SENDERS_OF_ONE = SENDERS - 1  # origin; and of all together that don't answer
 EXCHANGE_DEADLINE_S = 20.0
 MAX_BODY_BYTES = 256 << 10
 LINK_LIFETIME = timedelta(days=7)
@@ -46,6 +51,7 @@ WAIT_SPREAD = 0.2
 LONGEST_RETRY_AFTER_S = 86_400.0
 LONGEST_SLEEP_S = 60.0  # a wall clock may be set forward, and a laptop may sleep
 DATABASE_PAUSE_S = 5.0
+SAY_AGAIN_S = 600.0  # that the database is in the same trouble still
 CUT_GRACE_S = 1.0
 
 
@@ -143,6 +149,30 @@ def _message(kind: str, happened_at: datetime, data: dict[str, Any]) -> str:
 # The outbox
 
 
+def origin_of(url: str) -> str:
+    """Scheme, host and port: what is there or not, whatever the path."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}".lower()
+
+
+class _Share:
+    """How the senders are shared out: no origin has all, one that does not answer has one to try it with."""
+
+    def __init__(self, busy: Mapping[str, str], silent: set[str]) -> None:
+        self._silent = set(silent)
+        self._senders = Counter(origin_of(url) for url in busy.values())
+
+    def has_room(self, url: str) -> bool:
+        origin = origin_of(url)
+        if origin not in self._silent:
+            return self._senders[origin] < SENDERS_OF_ONE
+        waiting = sum(self._senders[silent] for silent in self._silent)
+        return not self._senders[origin] and waiting < SENDERS_OF_ONE
+
+    def take(self, url: str) -> None:
+        self._senders[origin_of(url)] += 1
+
+
 class _Stopped(Exception):
     """The service stops: leave the delivery as it is, due."""
 
@@ -183,7 +213,9 @@ class Deliveries:
         self._condition = threading.Condition()
         self._woken = False
         self._stopping = threading.Event()
-        self._busy: set[str] = set()
+        self._told_at_s: dict[str, float] = {}  # by trouble
+        self._busy: dict[str, str] = {}  # in a sender's hand: the delivery's id, and where it goes
+        self._silent: set[str] = set()  # origins that gave no reply the last time
         self._wires: set[Wire] = set()
         self._handed: queue.Queue[Due | None] = queue.Queue()
         self._scheduler = threading.Thread(target=self._schedule, name="deliveries", daemon=True)
@@ -315,24 +347,26 @@ class Deliveries:
                 self._woken = False
             try:
                 sleep_s = self._hand_out()
-            except Exception:
-                logger.exception("Due deliveries can't be read.", extra={"action": "read_due_deliveries"})
+            except Exception as error:
+                self._complain("Due deliveries can't be read", "read_due_deliveries", error)
                 sleep_s = self._pause_s
 
     def _hand_out(self) -> float | None:
         """Give due deliveries to idle senders; seconds to the next look, or None to sleep until woken."""
         with self._condition:
-            busy = set(self._busy)
+            busy, share = dict(self._busy), _Share(self._busy, self._silent)
         idle = SENDERS - len(busy)
         if not idle:
             return None
         now = self._clock()
         with self._database.read() as session:
-            dues = store.list_due(session, now=now, besides=busy, limit=idle)
-            busy |= {due.id for due in dues}
-            next_due_at = store.next_due_at(session, besides=busy) if len(dues) < idle else None
+            dues, full = self._choose(session, now, busy, share)
+            busy |= {due.id: due.url for due in dues}
+            next_due_at = (
+                store.next_due_at(session, besides=busy, besides_urls=full) if len(dues) < idle else None
+            )
         with self._condition:
-            self._busy |= {due.id for due in dues}
+            self._busy |= {due.id: due.url for due in dues}
         for due in dues:
             self._handed.put(due)
         return (
@@ -340,6 +374,25 @@ class Deliveries:
             if next_due_at is None
             else min(max(0.0, (next_due_at - now).total_seconds()), LONGEST_SLEEP_S)
         )
+
+    @staticmethod
+    def _choose(
+        session: Session, now: datetime, busy: Mapping[str, str], share: "_Share"
+    ) -> tuple[list[Due], set[str]]:
+        """What the idle senders send next, and the addresses that must wait until a sender is back."""
+        chosen: dict[str, Due] = {}
+        full = {url for url in busy.values() if not share.has_room(url)}
+        while idle := SENDERS - len(busy) - len(chosen):
+            dues = store.list_due(session, now=now, besides={*busy, *chosen}, besides_urls=full, limit=idle)
+            if not dues:
+                break
+            for due in dues:
+                if share.has_room(due.url):
+                    share.take(due.url)
+                    chosen[due.id] = due
+                else:
+                    full.add(due.url)
+        return [*chosen.values()], full
 
     # A sender's thread
 
@@ -356,7 +409,7 @@ class Deliveries:
                 self._stopping.wait(self._pause_s)
             finally:
                 with self._condition:
-                    self._busy.discard(due.id)
+                    self._busy.pop(due.id, None)
                 self.wake()
 
     def _deliver(self, due: Due) -> None:
@@ -437,11 +490,17 @@ class Deliveries:
                 raise _Stopped
             self._wires.add(wire)
         try:
-            return post(delivery.url, headers, body, wire=wire, deadline_s=self._deadline_s)
+            reply = post(delivery.url, headers, body, wire=wire, deadline_s=self._deadline_s)
         except NETWORK_ERRORS as error:
             if wire.abandoned:
                 raise _Stopped from error
+            with self._condition:
+                self._silent.add(origin_of(delivery.url))
             raise
+        else:
+            with self._condition:
+                self._silent.discard(origin_of(delivery.url))
+            return reply
         finally:
             with self._condition:
                 self._wires.discard(wire)
@@ -460,9 +519,26 @@ class Deliveries:
             try:
                 return step()
             except SQLAlchemyError as error:
-                logger.exception("The database failed a delivery.", extra={"action": "store_delivery"})
+                self._complain("The database failed a delivery", "store_delivery", error)
                 if self._stopping.wait(self._pause_s):
                     raise _Stopped from error
+
+    def _complain(self, message: str, action: str, error: Exception) -> None:
+        """A traceback for a bug; for a database that can't be used one line, now and then."""
+        trouble = trouble_of(error)
+        if trouble is not None:
+            now_s = time.monotonic()
+            with self._condition:
+                if now_s < self._told_at_s.get(trouble, -SAY_AGAIN_S) + SAY_AGAIN_S:
+                    return
+                self._told_at_s[trouble] = now_s
+        logger.error(
+            "%s%s",
+            message,
+            f": {trouble}" if trouble else ".",
+            exc_info=None if trouble else error,
+            extra={"action": action},
+        )
 
 
 class _NotCalled(Exception):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class JobStatus(StrEnum):
@@ -71,6 +71,14 @@ class DeliveryStatus(StrEnum):
     FAILED = "failed"  # given up
 
 
+class FileState(StrEnum):
+    """Where the file of a run's results stands."""
+
+    PENDING = "pending"  # to be written to the drive
+    WRITTEN = "written"  # there, whole
+    DELETING = "deleting"  # to be deleted; its job may be gone already
+
+
 class Role(StrEnum):
     ADMIN = "admin"
     USER = "user"
@@ -86,6 +94,7 @@ class JobSettings:
     template: str | None = None
     max_output_tokens: int | None = None
     response_format: Mapping[str, Any] | None = None
+    pack: bool = False
     priority: int = 0
     deadline_s: float = 7 * 86_400
     max_total_tokens: int | None = None
@@ -103,9 +112,8 @@ class JobSettings:
 Prompt = str | list[Any] | dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class NewTask:
-    """One task as it came in; `tokens` is the estimate of its prompt."""
+class NewTask(NamedTuple):
+    """One task as it came in; `tokens` is the estimate of its prompt. A job may bring millions: a tuple costs least."""
 
     id: str
     prompt: Prompt

@@ -71,7 +71,7 @@ class _Later(GptWorkerError):
 
 
 class TooMany(_Later):
-    """The caller did this too often."""
+    """This was done too often, or there is too much of it: by the caller, or at a login by whoever guesses too."""
 
 
 class Unavailable(_Later):

@@ -6,18 +6,22 @@ Source: Goyal, Vin, Cheng, "Start-time Fair Queuing", 1996.
 """
 
 import heapq
-from bisect import insort
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import chain, count, dropwhile, islice
 
 from gpt_worker.backoff import Place, Tries
 from gpt_worker.domain import Failure, JobSettings, Prompt
+from gpt_worker.packing import PackSize, PackTokens
 from gpt_worker.splitting import fits
 
+LOW_TOKENS = 500_000
 LOW_TASKS = 250  # a user with fewer tasks in memory wants another page
 MAX_RETURNED = 1000  # no new page while so many tasks of a job wait to be asked again
+MOST_ENDED = 100  # deadlines of ended jobs that are kept, beside as many as there are jobs
 LOOK_AHEAD = 20  # tasks looked at for one that a lane may take
 
 
@@ -33,6 +37,7 @@ class QueuedTask:
     avoid: frozenset[int] = frozenset()  # lanes on which it failed; another goes first if there is one
     too_large_for: frozenset[int] = frozenset()  # quota groups that can never take it
     passed_over: int = 0
+    pack_limit: int | None = None  # the most tasks of its next pack; 1: singly, in the ordinary form
 
     @property
     def unbound(self) -> bool:
@@ -66,6 +71,14 @@ class JobRun:
     decided: int = 0
     refusals: int = 0  # the first so many outcomes were all the same refusal of the settings, `refusal`
     refusal: str | None = None
+    was_low: bool = False
+    packs: bool = field(init=False)
+    pack_size: PackSize = field(default_factory=PackSize)
+    pack_tokens: PackTokens = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.packs = self.settings.pack
+        self.pack_tokens = PackTokens(self.settings)
 
     def note_decision(self, refusal: str | None) -> None:
         """Count a task as decided; `refusal`: by a refusal of the job's settings that says this."""
@@ -82,11 +95,19 @@ class JobRun:
     def wants_page(self) -> bool:
         returned = len(self.front) + len(self.behind) + len(self.delayed)
         return not (self.exhausted or self.loading or self.closing) and (
-            len(self.fresh) < LOW_TASKS and returned < MAX_RETURNED
+            len(self.fresh) < LOW_TASKS
+            and returned < MAX_RETURNED
+            and sum(task.tokens for task in self.fresh) < LOW_TOKENS
         )
+
+    def runs_low(self) -> bool:
+        """Whether a page of this job, or of the next that it makes room for, may be wanted now: said once, and at 0."""
+        was_low, self.was_low = self.was_low, len(self.fresh) < LOW_TASKS
+        return self.wants_page or not self.fresh or (self.was_low and not was_low)
 
     def add_page(self, page: Iterable[QueuedTask], cursor: int, exhausted: bool) -> None:
         self.fresh.extend(page)
+        self.was_low = False
         self.cursor, self.exhausted, self.loading = cursor, exhausted, False
 
     def next_for(self, may_take: Callable[[QueuedTask], bool], now_s: float) -> QueuedTask | None:
@@ -98,6 +119,32 @@ class JobRun:
                 if task.unbound or may_take(task):
                     return task
         return None
+
+    def pack_with(self, first: QueuedTask, may_take: Callable[[QueuedTask], bool]) -> list[QueuedTask]:
+        """The tasks of one packed request, still in their places: this one, and those behind it that fit."""
+        pack, most = [first], first.pack_limit or self.pack_size.tasks
+        tokens = self.pack_tokens.shared + self.pack_tokens.of_task(first.tokens)
+        behind = dropwhile(lambda task: task is not first, chain(self.front, self.fresh, self.behind))
+        for task in islice(behind, 1, most):
+            in_pack = self.pack_tokens.of_task(task.tokens)
+            most = min(most, task.pack_limit or most)
+            alike = (task.pack_limit is None) is (first.pack_limit is None)
+            fitting = fits(tokens, len(pack), in_pack, self.settings.max_chunk_tokens, most)
+            if not (alike and fitting and (task.unbound or may_take(task))):
+                break
+            pack.append(task)
+            tokens += in_pack
+        return pack
+
+    def tokens_of(self, tasks: Sequence[QueuedTask]) -> int:
+        """The estimated prompt tokens of one request for these tasks."""
+        if len(tasks) == 1:
+            return tasks[0].tokens
+        return self.pack_tokens.shared + sum(self.pack_tokens.of_task(task.tokens) for task in tasks)
+
+    def next_tasks(self) -> Iterator[QueuedTask]:
+        """Some of the tasks that could go next."""
+        return islice(chain(self.front, self.fresh, self.behind), LOOK_AHEAD)
 
     def next_due_s(self) -> float:
         """When a delayed task is due; infinite without one."""
@@ -129,6 +176,8 @@ class JobRun:
         self.fresh.extendleft(reversed(tasks))
 
     def ask_again(self, task: QueuedTask, place: Place, now_s: float) -> None:
+        """A task whose call gave no answer is back."""
+        self.sent.pop(task.position, None)
         if task.due_s > now_s:
             heapq.heappush(self.delayed, (task.due_s, task.position, task))
         elif place is Place.FRONT:
@@ -146,18 +195,32 @@ class JobRun:
         return len(self.front) + len(self.fresh) + len(self.behind) + len(self.delayed)
 
 
+Line = list[JobRun]
+"""A user's jobs for one model, in their turn."""
+
+
 @dataclass(slots=True, eq=False)
 class _User:
     virtual_time: float = 0.0
-    jobs: list[JobRun] = field(default_factory=list)
+    lines: dict[str, Line] = field(
+        default_factory=dict
+    )  # by model: what one of them waits for holds up no other
 
 
 class FairQueue:
-    """All unfinished jobs, by user."""
+    """All unfinished jobs, by user.
+
+    Thousands may be queued, and a look is taken for every call: so none walks beyond the jobs that are at work and the
+    first one that waits for its tasks to be read.
+    """
 
     def __init__(self) -> None:
         self._users: dict[str, _User] = {}
         self._jobs: dict[str, JobRun] = {}
+        self._deadlines: list[
+            tuple[datetime, int, JobRun]
+        ] = []  # a heap; ended jobs are left in it for a while
+        self._added = count()
         self._virtual_time = 0.0
 
     def __len__(self) -> int:
@@ -172,19 +235,23 @@ class FairQueue:
     def add(self, job: JobRun) -> None:
         self.remove(job.id)  # an earlier run whose end is being told to us just now
         self._jobs[job.id] = job
-        insort(
-            self._users.setdefault(job.owner, _User(self._virtual_time)).jobs,
-            job,
-            key=lambda other: other.turn,
-        )
+        user = self._users.setdefault(job.owner, _User(self._virtual_time))
+        insort(user.lines.setdefault(job.model, []), job, key=_turn)
+        heapq.heappush(self._deadlines, (job.deadline_at, next(self._added), job))
+        if len(self._deadlines) > MOST_ENDED + 2 * len(self._jobs):
+            self._deadlines = [entry for entry in self._deadlines if self._is_open(entry[2])]
+            heapq.heapify(self._deadlines)
 
     def remove(self, job_id: str) -> None:
         job = self._jobs.pop(job_id, None)
         if job is None:
             return
         user = self._users[job.owner]
-        user.jobs.remove(job)
-        if not user.jobs and user.virtual_time <= self._virtual_time:
+        line = user.lines[job.model]
+        del line[bisect_left(line, job.turn, key=_turn)]
+        if not line:
+            del user.lines[job.model]
+        if not user.lines and user.virtual_time <= self._virtual_time:
             del self._users[job.owner]
 
     def in_turn(self) -> Iterator[JobRun]:
@@ -193,12 +260,8 @@ class FairQueue:
         if len(users) > 1:
             users = sorted(users, key=lambda user: user.virtual_time)  # type: ignore[assignment]
         for user in users:
-            awaited: set[str] = set()
-            for job in user.jobs:
-                if job.closing is None and job.model not in awaited:
-                    yield job
-                    if job.wants_page and not job.in_memory:
-                        awaited.add(job.model)  # its page is on the way: later jobs do not overtake it
+            fronts = [_front(line) for line in user.lines.values()]
+            yield from fronts[0] if len(fronts) == 1 else heapq.merge(*fronts, key=_turn)
 
     def charge(self, job: JobRun, tokens: int) -> None:
         """Count a task as sent for its user."""
@@ -208,27 +271,73 @@ class FairQueue:
         user.virtual_time = start + tokens
 
     def others_wait(self, job: JobRun) -> bool:
-        """Whether a user with a better claim than this job's has a task ready."""
+        """Whether a user with a better claim than this job's has a task for its model ready."""
         if len(self._users) < 2:
             return False
         mine = self._users[job.owner]
         return any(
-            user.virtual_time < mine.virtual_time and any(other.front or other.fresh for other in user.jobs)
+            user.virtual_time < mine.virtual_time
+            and any(other.front or other.fresh for other in _front(user.lines.get(job.model, [])))
             for user in self._users.values()
             if user is not mine
         )
 
-    def wanting_page(self) -> JobRun | None:
-        """A job whose next page is wanted, those whose turn is near first.
+    def wanting_pages(self, jobs: int) -> list[JobRun]:
+        """Up to so many jobs whose next page is wanted, those whose turn is near first.
 
         Tasks in memory count for each model apart: those of a model that no key may use now hold back no other's.
         """
-        for user in self._users.values():
-            in_memory: Counter[str] = Counter()
-            for job in user.jobs:
-                if in_memory[job.model] >= LOW_TASKS:
-                    continue
-                if job.wants_page:
-                    return job
-                in_memory[job.model] += LOW_TASKS if job.loading else len(job.fresh)
-        return None
+        users = sorted(self._users.values(), key=lambda user: user.virtual_time)
+        wanting = (heapq.merge(*map(_wanting, user.lines.values()), key=_turn) for user in users)
+        return list(islice(chain.from_iterable(wanting), jobs))
+
+    def is_near(self, job: JobRun) -> bool:
+        """Whether a job's page is wanted already, or no deadline is before its own."""
+        line = self._users[job.owner].lines[job.model]
+        return self.next_deadline() == job.deadline_at or any(each is job for each in _wanting(line))
+
+    def overdue(self, now: datetime) -> list[JobRun]:
+        """The jobs whose deadline has passed, and which are not being closed yet."""
+        late: list[JobRun] = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            job = heapq.heappop(self._deadlines)[2]
+            if self._is_open(job):
+                late.append(job)
+        for job in late:  # each until it is closed
+            heapq.heappush(self._deadlines, (job.deadline_at, next(self._added), job))
+        return late
+
+    def next_deadline(self) -> datetime | None:
+        """The next deadline of a job that is not being closed."""
+        while self._deadlines and not self._is_open(self._deadlines[0][2]):
+            heapq.heappop(self._deadlines)
+        return self._deadlines[0][0] if self._deadlines else None
+
+    def _is_open(self, job: JobRun) -> bool:
+        return job.closing is None and self._jobs.get(job.id) is job
+
+
+def _turn(job: JobRun) -> tuple[int, str]:
+    return job.turn
+
+
+def _front(line: Line) -> Iterator[JobRun]:
+    """A line up to the first job whose tasks are still to be read: later ones do not overtake it."""
+    for job in line:
+        if job.closing is None:
+            yield job
+            if not job.in_memory and job.wants_page:
+                return
+
+
+def _wanting(line: Line) -> Iterator[JobRun]:
+    """The jobs that want a page, while there is little of the line in memory or on its way there."""
+    in_memory = 0
+    for job in line:
+        if in_memory >= LOW_TASKS:
+            return
+        if job.wants_page:
+            in_memory += job.pending
+            yield job
+        else:
+            in_memory += LOW_TASKS if job.loading else len(job.fresh)

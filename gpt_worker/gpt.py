@@ -1,4 +1,4 @@
-"""One task, one call, one reply: builds the request, and turns every kind of answer and trouble into ours.
+"""One task (or a pack), one call, one reply: builds the request, and turns every answer and trouble into ours.
 
 The only place that knows OpenAI's wire format. It decides nothing about retries or keys.
 Source: OpenAI API reference, "Chat completions" and "Error codes".
@@ -7,19 +7,28 @@ Source: OpenAI API reference, "Chat completions" and "Error codes".
 import json
 import re
 import string
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 import jiter
 
 from config import OPENAI_BASE_URL
-from gpt_worker.addresses import is_loopback
 from gpt_worker.backoff import Problem, ProblemKind
 from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage
-from gpt_worker.rate_limit import Bound, LimitHeaders, parse_duration_s, read_headers
+from gpt_worker.limit_headers import UNIT_S, LimitHeaders, parse_duration_s, read_headers
+from gpt_worker.packing import (
+    TOKEN_LIMIT_NAMES,
+    names_the_form,
+    packed_message,
+    packed_settings,
+    read_answers,
+)
+from gpt_worker.rate_limit import Bound, NamedLimit, RateRefusal
+from gpt_worker.reply_body import Hold
 from gpt_worker.transport import (
     ConnectionStale,
     DeadlinePassed,
@@ -35,19 +44,28 @@ OPENAI_HOST = urlsplit(OPENAI_BASE_URL).hostname
 EXHAUSTED = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"}
 TOO_LONG = {"context_length_exceeded", "exceed_context_size_error", "string_above_max_length"}
 FILTERED = {"content_filter", "content_policy_violation"}
-TOKEN_LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
+NO_TEXT = Problem(ProblemKind.TRANSIENT, ErrorCode.BAD_RESPONSE, "the reply holds no text")
+WITHHELD = Problem(ProblemKind.FINAL, ErrorCode.CONTENT_FILTER, "the provider withheld the answer")
+
+Answers = Sequence[str | None]  # of a pack's tasks in order, None for one that is missing
+Result = TypeVar("Result", bound=Answer | Answers, covariant=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """What came of one call."""
+class Reply(Generic[Result]):
+    """What came of one call, for one task or for a pack."""
 
-    result: Answer | Problem
+    result: Result | Problem
     usage: Usage = field(default_factory=Usage)
     limits: LimitHeaders = field(default_factory=LimitHeaders)
     organization: str | None = None
     project: str | None = None
-    told_usage: bool = False
+    hold: Hold | None = field(
+        default=None, compare=False, repr=False
+    )  # for as long as its texts are in nobody's store
+
+
+AnyReply = Reply[Answer] | Reply[Answers]
 
 
 class KeyCheck(StrEnum):
@@ -58,27 +76,6 @@ class KeyCheck(StrEnum):
     UNREACHABLE = "the endpoint could not be asked"
 
 
-def check_key(base_url: str, secret: str, *, offline: bool) -> KeyCheck:
-    """Ask for the models that a key may use."""
-    import openai  # here, since it takes a second and 40 MB that a service at rest need not spend
-
-    if offline:
-        return KeyCheck.UNREACHABLE
-    local = is_loopback(base_url)
-    with openai.DefaultHttpxClient(
-        follow_redirects=False, trust_env=not local, timeout=CHECK_TIMEOUT_S
-    ) as client:
-        try:
-            openai.OpenAI(api_key=secret, base_url=base_url, max_retries=0, http_client=client).models.list()
-        except openai.AuthenticationError:
-            return KeyCheck.REFUSED
-        except (openai.PermissionDeniedError, openai.RateLimitError, openai.NotFoundError):
-            return KeyCheck.WORKS  # it was known, at least
-        except openai.OpenAIError:
-            return KeyCheck.UNREACHABLE
-    return KeyCheck.WORKS
-
-
 class Endpoint:
     """One key's way to its endpoint."""
 
@@ -87,9 +84,7 @@ class Endpoint:
     ) -> None:
         self._transport = transport
         self._secret = secret
-        self._token_limit_names = (
-            token_limit_names  # (base URL, model) → the name it takes; shared by all keys
-        )
+        self._token_limit_names = token_limit_names  # (base URL, model) → the name it takes; of all keys
         self._headers = {
             "authorization": f"Bearer {secret}",
             "content-type": "application/json",
@@ -97,7 +92,7 @@ class Endpoint:
             "user-agent": "gpt-worker",
         }
 
-    def ask(self, model: str, settings: JobSettings, prompt: Prompt, deadline_s: float) -> Reply:
+    def ask(self, model: str, settings: JobSettings, prompt: Prompt, deadline_s: float) -> Reply[Answer]:
         """Ask for one task; never raises for anything that the endpoint does."""
         name = self._token_limit_name(model)
         body = request_body(model, settings, prompt, name)
@@ -119,16 +114,37 @@ class Endpoint:
             )
         return reply
 
+    def ask_pack(
+        self, model: str, settings: JobSettings, prompts: Sequence[Prompt], deadline_s: float
+    ) -> Reply[Answers]:
+        """Ask for several tasks in one request; never raises for anything that the endpoint does.
+
+        PACK_REFUSED: the endpoint takes no such request. FINAL with CONTEXT_LENGTH or CONTENT_FILTER: a smaller pack,
+        or another, may do.
+        """
+        message = packed_message(prompt_text(settings, prompt) for prompt in prompts)
+        reply = self.ask(model, packed_settings(settings, len(prompts)), message, deadline_s)
+        return unpack(reply, len(prompts))
+
     def check(self) -> KeyCheck:
-        """Whether the endpoint takes the key, by asking for its models: the SDK's own client, which spends nothing."""
-        return check_key(self._transport.base_url, self._secret, offline=self._transport.forbidden)
+        """Whether the endpoint takes the key, by asking for its models, which spends nothing."""
+        headers = {name: value for name, value in self._headers.items() if name != "content-type"}
+        until_s = time.monotonic() + CHECK_TIMEOUT_S
+        try:
+            try:
+                raw = self._transport.get("/models", headers, CHECK_TIMEOUT_S)
+            except ConnectionStale:
+                raw = self._transport.get("/models", headers, max(0.0, until_s - time.monotonic()))
+        except TransportError:
+            return KeyCheck.UNREACHABLE
+        return read_check(raw)
 
     def cut(self) -> None:
         """End every call in flight now."""
         self._transport.cut()
 
     def _token_limit_name(self, model: str) -> str:
-        default = TOKEN_LIMIT_NAMES[0] if self._transport.host == OPENAI_HOST else TOKEN_LIMIT_NAMES[1]
+        default = "max_completion_tokens" if self._transport.host == OPENAI_HOST else "max_tokens"
         return self._token_limit_names.get((self._transport.base_url, model), default)
 
     def _swaps_name(self, raw: RawReply, name: str, model: str) -> bool:
@@ -161,9 +177,15 @@ def messages(settings: JobSettings, prompt: Prompt) -> list[Any]:
     system = [{"role": "system", "content": settings.instructions}] if settings.instructions else []
     if isinstance(prompt, list):
         return [*system, *prompt]
-    if settings.template is not None:
+    return [*system, {"role": "user", "content": prompt_text(settings, prompt)}]
+
+
+def prompt_text(settings: JobSettings, prompt: Prompt) -> str:
+    """What a task that is a text, or variables, says in the end."""
+    if settings.template is not None and not isinstance(prompt, list):
         prompt = fill_template(settings.template, {"text": prompt} if isinstance(prompt, str) else prompt)
-    return [*system, {"role": "user", "content": prompt}]
+    assert isinstance(prompt, str)  # variables come with a template, and messages never in a pack
+    return prompt
 
 
 def fill_template(template: str, variables: Mapping[str, Any]) -> str:
@@ -186,7 +208,7 @@ def template_parts(template: str) -> list[tuple[str, str | None]]:
     return parts
 
 
-def read_reply(raw: RawReply, secret: str) -> Reply:
+def read_reply(raw: RawReply, secret: str) -> Reply[Answer]:
     """Turn a reply into an answer or a problem."""
     limits = read_headers(raw.headers)
     organization, project = raw.headers.get("openai-organization"), raw.headers.get("openai-project")
@@ -194,8 +216,33 @@ def read_reply(raw: RawReply, secret: str) -> Reply:
     if raw.status != 200:
         problem = _problem(raw.status, _error_of(parsed), limits.retry_after_s, secret)
         return Reply(problem, Usage(), limits, organization, project)
-    usage, told = _usage(parsed)
-    return Reply(_answer(parsed), usage, limits, organization, project, told)
+    return Reply(_answer(parsed), _usage(parsed), limits, organization, project, raw.hold)
+
+
+def read_check(raw: RawReply) -> KeyCheck:
+    """What the reply to a request for the models says of the key."""
+    if raw.status == 401:
+        return KeyCheck.REFUSED
+    if raw.status in (403, 404, 429):
+        return KeyCheck.WORKS  # it was known, at least
+    parsed = _parsed(raw.body)
+    is_list = isinstance(parsed, list) or (isinstance(parsed, dict) and "data" in parsed)
+    return KeyCheck.WORKS if raw.status == 200 and is_list else KeyCheck.UNREACHABLE
+
+
+def unpack(reply: Reply[Answer], count: int) -> Reply[Answers]:
+    """The reply to a pack of so many tasks, of which those without a certain answer are None."""
+    result: list[str | None] | Problem = [None] * count
+    match reply.result:
+        case Answer(text, finish_reason):
+            if finish_reason not in ("refusal", "content_filter"):
+                certain = read_answers(text, count, cut=finish_reason == "length")
+                result = [_storable(certain[index]) if index in certain else None for index in range(count)]
+        case Problem(ProblemKind.FINAL, ErrorCode.BAD_REQUEST) as problem if names_the_form(problem):
+            result = replace(problem, kind=ProblemKind.PACK_REFUSED)
+        case problem if problem not in (NO_TEXT, WITHHELD):
+            result = problem
+    return Reply(result, reply.usage, reply.limits, reply.organization, reply.project, reply.hold)
 
 
 def _parsed(body: bytes) -> Any:
@@ -205,16 +252,16 @@ def _parsed(body: bytes) -> Any:
         return None
 
 
-def _usage(parsed: Any) -> tuple[Usage, bool]:
+def _usage(parsed: Any) -> Usage:
     usage = parsed.get("usage") if isinstance(parsed, dict) else None
     if not isinstance(usage, dict):
-        return Usage(), False
+        return Usage()
     prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
     if type(prompt) is not int or type(completion) is not int:
-        return Usage(), False
+        return Usage()
     if min(prompt, completion) < 0 or max(prompt, completion) >= 1 << 40:
-        return Usage(), False
-    return Usage(prompt, completion), True
+        return Usage()
+    return Usage(prompt, completion)
 
 
 def _answer(parsed: Any) -> Answer | Problem:
@@ -230,15 +277,16 @@ def _answer(parsed: Any) -> Answer | Problem:
     if isinstance(content, str) and (content or finish_reason != "content_filter"):
         return Answer(_storable(content), finish_reason)
     if finish_reason == "content_filter":
-        return Problem(ProblemKind.FINAL, ErrorCode.CONTENT_FILTER, "the provider withheld the answer")
+        return WITHHELD
     if content is None and finish_reason == "length":
         return Answer("", finish_reason)
-    return _bad_response("the reply holds no text")
+    return NO_TEXT
 
 
 def _storable(text: str) -> str:
     """Without the characters that no database takes."""
-    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode()
+    text = text.replace("\x00", "\ufffd")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def _bad_response(message: str) -> Problem:
@@ -283,12 +331,14 @@ def _problem(status: int, error: Mapping[str, Any], retry_after_s: float | None,
             said or "the provider's content filter refused the prompt",
         )
     param = error.get("param")
-    about_settings = isinstance(param, str) and not param.startswith("messages")
+    param = param[:100] if isinstance(param, str) else None
+    about_settings = param is not None and not param.startswith("messages")
     return Problem(
         ProblemKind.FINAL,
         ErrorCode.BAD_REQUEST,
         said or f"the endpoint answered HTTP {status}",
         about_settings=about_settings,
+        param=param,
     )
 
 
@@ -304,8 +354,21 @@ def _problem_429(kind: object, said: str, retry_after_s: float | None) -> Proble
         ErrorCode.RATE_LIMITED,
         "the key was rate limited again and again",
         retry_after_s,
-        bound=Bound(kind) if kind in ("requests", "tokens") else None,
+        rate_limit=RateRefusal(
+            bound=Bound(kind) if kind in ("requests", "tokens") else None,
+            named=_named_limit(said),
+            requested_tokens=int(numbers[2]) if numbers and kind == "tokens" else None,
+        ),
     )
+
+
+def _named_limit(said: str) -> NamedLimit | None:
+    """The limit that OpenAI's message names: "… on requests per min (RPM): Limit 3, Used 3, …"."""
+    limit = re.search(r"Limit:? (\d{1,12})\b", said)
+    window = re.search(r"\bper (sec|min|hour|day)|\b[RT]P([SMHD])\b", said)
+    if limit is None or window is None or int(limit[1]) == 0:
+        return None
+    return NamedLimit(int(limit[1]), UNIT_S[(window[1] or window[2].lower())[0]])
 
 
 def _said(error: Mapping[str, Any], secret: str) -> str:

@@ -1,6 +1,5 @@
 """The operator's view of the API keys: how each fares, and trying one by hand."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -53,7 +52,8 @@ class KeyBoard:
 
     def reports(self) -> list[KeyReport]:
         """Every key, in the order of their numbers."""
-        return self._dispatcher.inspect(lambda lanes, now_s: [_report(lane, now_s) for lane in lanes])
+        full = self._dispatcher.full
+        return self._dispatcher.inspect(lambda lanes, now_s: [_report(lane, now_s, full) for lane in lanes])
 
     def check(self, number: int) -> KeyReport:
         """Ask the endpoint with this key now; one that works is used again at once.
@@ -78,14 +78,14 @@ class KeyBoard:
             return Problem(ProblemKind.KEY_REFUSED, ErrorCode.KEY_REFUSED, found.value)
         if found is KeyCheck.UNREACHABLE:
             return Problem(ProblemKind.FINAL, ErrorCode.CONNECTION, found.value)
-        if lane.state(time.monotonic()).state is LaneState.OUT_OF_QUOTA:
+        if self._dispatcher.inspect(lambda _lanes, now_s: lane.state(now_s)).state is LaneState.OUT_OF_QUOTA:
             result = endpoint.ask(self._model, JobSettings(), "Say hi.", CHECK_TIMEOUT_S).result
-            if isinstance(result, Problem) and result.kind is ProblemKind.QUOTA_EXHAUSTED:
+            if isinstance(result, Problem) and not result.kind.shows_good_key:
                 return result
         return None
 
 
-def _report(lane: Lane, now_s: float) -> KeyReport:
+def _report(lane: Lane, now_s: float, full: bool) -> KeyReport:
     state = lane.state(now_s)
     return KeyReport(
         name=lane.name,
@@ -96,7 +96,7 @@ def _report(lane: Lane, now_s: float) -> KeyReport:
         until=None if state.until_s is None else utc_now() + timedelta(seconds=state.until_s - now_s),
         in_flight=lane.in_flight,
         threads=lane.loops,
-        bound_by=_bound(lane),
+        bound_by=_bound(lane, full, now_s),
         requests=lane.requests,
         tokens=lane.tokens,
         rate_limited=lane.rate_limited,
@@ -105,11 +105,12 @@ def _report(lane: Lane, now_s: float) -> KeyReport:
     )
 
 
-def _bound(lane: Lane) -> Bound | None:
-    if lane.in_flight and lane.in_flight >= lane.max_threads:
+def _bound(lane: Lane, full: bool, now_s: float) -> Bound | None:
+    held_back = lane.joining and lane.in_flight >= lane.loops - 1  # one more would only be in their way
+    if lane.in_flight and (full or held_back or lane.in_flight >= lane.max_threads):
         return Bound.THREADS
-    bounds = [limiter.bound_by for limiter in lane.group.limiters.values() if limiter.bound_by is not None]
-    return bounds[0] if bounds else None
+    bounds = (limiter.bound_by(now_s) for limiter in lane.group.limiters.values())
+    return next((bound for bound in bounds if bound is not None), None)
 
 
 def _limits(limiter: Limiter, now_s: float) -> LearnedLimits:

@@ -4,23 +4,29 @@ Nothing here waits or calls. The dispatcher changes a lane only under its own lo
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from itertools import count
+from typing import TypeVar
 
 from config import ApiKey
 from gpt_worker.backoff import Problem, ProblemKind, backoff_s
 from gpt_worker.domain import utc_now
 from gpt_worker.gpt import Endpoint
-from gpt_worker.rate_limit import Limiter
+from gpt_worker.rate_limit import Bursts, Limiter
+
+T = TypeVar("T")
 
 FIRST_QUOTA_REST_S = 600.0
 LONGEST_QUOTA_REST_S = 6 * 3600.0
 PROBE_REFUSED_EVERY_S = 3600.0
 MODEL_REST_S = 600.0
 FAILURES_BEFORE_REST = 5
+PROBE_AGAIN_S = 60.0  # after a probe that told nothing
+MAX_MODELS = 200
 
 
 class LaneState(StrEnum):
@@ -44,10 +50,18 @@ class Hold:
 _group_numbers = count(1)
 
 
+def _make_room(by_model: dict[str, T], may_go: Callable[[T], bool]) -> None:
+    if len(by_model) >= MAX_MODELS:
+        oldest = next((model for model, of in by_model.items() if may_go(of)), None)
+        if oldest is not None:
+            del by_model[oldest]
+
+
 @dataclass(slots=True, eq=False)
 class QuotaGroup:
     """Lanes that share limits and quota: OpenAI counts both by organisation and project."""
 
+    bursts: dict[str, Bursts] = field(default_factory=dict)  # by model; shared by an endpoint's groups
     name: str | None = None
     number: int = field(default_factory=lambda: next(_group_numbers))
     limiters: dict[str, Limiter] = field(default_factory=dict)
@@ -55,13 +69,21 @@ class QuotaGroup:
     exhausted_until_s: float = 0.0
     exhausted_in_a_row: int = 0
     probe_sent_at_s: float | None = None  # the one call that tries whether there is quota again
+    next_probe_s: float = 0.0
     missing_models: dict[str, float] = field(default_factory=dict)  # model → when it is tried again
 
     def limiter(self, model: str) -> Limiter:
         limiter = self.limiters.get(model)
         if limiter is None:
-            limiter = self.limiters[model] = Limiter()
+            _make_room(self.limiters, lambda old: old.in_flight == 0)  # a caller may name any model
+            _make_room(self.bursts, lambda _: True)
+            limiter = self.limiters[model] = Limiter(self.bursts.setdefault(model, Bursts()))
         return limiter
+
+    def pause_s(self, model: str, now_s: float) -> float:
+        """Seconds until the smallest request for a model could go, as far as its limits are known."""
+        limiter = self.limiters.get(model)
+        return 0.0 if limiter is None else limiter.pause_s(now_s)
 
     def absorb(self, other: "QuotaGroup") -> None:
         """Take over what another group has learned: the lowest remaining wins."""
@@ -77,7 +99,7 @@ class QuotaGroup:
     def exhausted(self, now_s: float) -> float:
         """The quota is used up: rest 10 minutes, doubling to 6 hours; the time of the next try."""
         if self.exhausted_until_s <= now_s:
-            rest_s = min(LONGEST_QUOTA_REST_S, FIRST_QUOTA_REST_S * 2.0**self.exhausted_in_a_row)
+            rest_s = min(LONGEST_QUOTA_REST_S, FIRST_QUOTA_REST_S * 2.0 ** min(10, self.exhausted_in_a_row))
             self.exhausted_at_s, self.exhausted_until_s = now_s, now_s + rest_s
             self.exhausted_in_a_row += 1
         return self.exhausted_until_s
@@ -93,18 +115,26 @@ class LastError:
 class Lane:
     """One API key."""
 
-    def __init__(self, key: ApiKey, max_threads: int, lock: threading.Lock) -> None:
+    def __init__(
+        self,
+        key: ApiKey,
+        max_threads: int,
+        lock: threading.Lock,
+        bursts: dict[str, Bursts] | None = None,
+    ) -> None:
         self.number = key.number
         self.name = key.name
         self.tail = key.secret[-4:]
         self.base_url = key.base_url
         self.endpoint: Endpoint | None = None  # none while `down`
         self.max_threads = max_threads
-        self.group = QuotaGroup()
+        self.group = QuotaGroup({} if bursts is None else bursts)
         self.executor = ThreadPoolExecutor(max_threads, thread_name_prefix=key.name.replace(" ", "-"))
         self.has_work = threading.Condition(lock)
+        self.may_join = threading.Condition(lock)
         self.loops = 0
         self.waiting = False  # whether one of the loops waits for work
+        self.joining = False  # whether one more is about to serve
         self.in_flight = 0
         self.requests = 0
         self.tokens = 0
@@ -117,6 +147,7 @@ class Lane:
         self._rest_until_s = 0.0
         self._failures_in_a_row = 0
         self._probe_sent_at_s: float | None = None  # the one call that tries whether the key is well again
+        self._next_probe_s = 0.0
 
     @property
     def refused(self) -> bool:
@@ -127,12 +158,13 @@ class Lane:
         if self.down is not None:
             return Hold(LaneState.RESTING, None)
         probing = self._probe_sent_at_s is not None
-        if self._probe_at_s is not None and (probing or now_s < self._probe_at_s):
-            return Hold(LaneState.REFUSED, None if probing else self._probe_at_s)
+        if self._probe_at_s is not None and (probing or now_s < max(self._probe_at_s, self._next_probe_s)):
+            return Hold(LaneState.REFUSED, None if probing else max(self._probe_at_s, self._next_probe_s))
         group = self.group
         group_probing = group.probe_sent_at_s is not None
-        if group.exhausted_in_a_row and (group_probing or now_s < group.exhausted_until_s):
-            return Hold(LaneState.OUT_OF_QUOTA, None if group_probing else group.exhausted_until_s)
+        quota_s = max(group.exhausted_until_s, group.next_probe_s)
+        if group.exhausted_in_a_row and (group_probing or now_s < quota_s):
+            return Hold(LaneState.OUT_OF_QUOTA, None if group_probing else quota_s)
         if self._rest_until_s > now_s:
             return Hold(LaneState.RESTING, self._rest_until_s)
         if self._failures_in_a_row >= FAILURES_BEFORE_REST and probing:
@@ -167,8 +199,10 @@ class Lane:
         self.requests += 1
         if self.refused or self._failures_in_a_row >= FAILURES_BEFORE_REST:
             self._probe_sent_at_s = sent_at_s
+            self._next_probe_s = sent_at_s + PROBE_AGAIN_S
         if self.group.exhausted_in_a_row:
             self.group.probe_sent_at_s = sent_at_s
+            self.group.next_probe_s = sent_at_s + PROBE_AGAIN_S
 
     def came_back(self, sent_at_s: float) -> None:
         """A call sent then is over; one older than the probe is not the probe."""
@@ -207,9 +241,7 @@ class Lane:
                 news = model not in self.group.missing_models
                 self.group.missing_models[model] = now_s + MODEL_REST_S
                 return news
-            case ProblemKind.TRANSIENT if (
-                sent_at_s >= self._rest_from_s
-            ):  # others were in flight when the rest began
+            case ProblemKind.TRANSIENT if sent_at_s >= self._rest_from_s:  # older ones belong to that rest
                 self._failures_in_a_row += 1
                 beyond = self._failures_in_a_row - FAILURES_BEFORE_REST
                 if beyond >= 0:
@@ -228,3 +260,6 @@ class Lane:
         self.group.exhausted_in_a_row = 0
         self.group.exhausted_until_s = 0.0
         self.group.missing_models.clear()
+        self._next_probe_s = self.group.next_probe_s = 0.0
+        for limiter in self.group.limiters.values():
+            limiter.rest_until_s = 0.0

@@ -21,7 +21,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from gpt_worker.domain import UNFINISHED, DeliveryStatus, JobStatus
+from gpt_worker.domain import UNFINISHED, DeliveryStatus, FileState, JobStatus
 from gpt_worker.keys import KeyReport, LearnedLimits
 from gpt_worker.lanes import LaneState
 from gpt_worker.store.jobs import StatusCount
@@ -41,6 +41,7 @@ class Stored:
 
     jobs: Mapping[JobStatus, StatusCount]
     deliveries: Mapping[DeliveryStatus, int]
+    files: Mapping[FileState, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,8 @@ class Snapshot:
     outcomes: int
     inbox: int
     recorder_healthy: bool
+    drive_failures: int
+    drive_healthy: bool
     places: int
     places_free: int
 
@@ -72,6 +75,7 @@ class ServiceCollector(Collector):
         if snapshot.stored is not None:
             yield from _stored(snapshot.stored)
         yield from _recorder(snapshot)
+        yield from _drive(snapshot)
         yield _gauge("held_places", "Requests that may be held open at one time", snapshot.places)
         yield _gauge("held_places_free", "How many more may be held open now", snapshot.places_free)
         yield from _keys(snapshot.keys)
@@ -110,12 +114,24 @@ def _stored(stored: Stored) -> Iterator[Metric]:
         deliveries.add_metric([delivery_status], number)
     yield deliveries
 
+    files = _gauge("result_files", "Files of results; pending ones are still to be written", labels=["state"])
+    for file_state, number in stored.files.items():
+        files.add_metric([file_state], number)
+    yield files
+
 
 def _recorder(snapshot: Snapshot) -> Iterator[Metric]:
     yield _counter("recorder_commits", "Commits that stored what became of tasks", snapshot.commits)
     yield _counter("recorder_outcomes", "Outcomes of calls that were stored", snapshot.outcomes)
     yield _gauge("recorder_inbox", "Outcomes that wait for a commit", snapshot.inbox)
     yield _gauge("recorder_healthy", "Whether commits work", int(snapshot.recorder_healthy))
+
+
+def _drive(snapshot: Snapshot) -> Iterator[Metric]:
+    yield _counter(
+        "drive_failures", "Attempts to write or delete a file that failed", snapshot.drive_failures
+    )
+    yield _gauge("drive_healthy", "Whether the drive can be used", int(snapshot.drive_healthy))
 
 
 def _keys(keys: Sequence[KeyReport]) -> Iterator[Metric]:

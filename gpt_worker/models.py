@@ -17,6 +17,7 @@ from sqlalchemy import (
     String,
     Text,
     TypeDecorator,
+    text,
 )
 from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -101,6 +102,7 @@ class JobRow(Base):
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_owner", "owner_id", "id"),
+        Index("ix_jobs_owner_status", "owner_id", "status", "id"),
         Index("ix_jobs_status", "status", "id"),
     )
 
@@ -142,6 +144,7 @@ class TaskRow(Base):
     finish_reason: Mapped[str | None] = mapped_column(String(50))
     error_code: Mapped[str | None] = mapped_column(String(50))
     error_message: Mapped[str | None] = mapped_column(String(1000))
+    crashes: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # while it was in flight
 
 
 class IdempotencyRow(Base):
@@ -190,3 +193,23 @@ class AttemptRow(Base):
     took_s: Mapped[float]
     status_code: Mapped[int | None]
     error: Mapped[str | None] = mapped_column(String(500))
+
+
+class ResultFileRow(Base):
+    """The file of one run's results: stored in the commit that ends the run, and kept until the file is deleted.
+
+    It has no foreign key to its job, which it may outlive.
+    """
+
+    __tablename__ = "result_files"
+    __table_args__ = (Index("ix_result_files_due", "state", "next_attempt_at"),)
+
+    job_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    run: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    state: Mapped[str] = mapped_column(String(16))
+    attempts: Mapped[int] = mapped_column(default=0)  # that failed, in this state
+    next_attempt_at: Mapped[datetime | None]
+    sha256: Mapped[str | None] = mapped_column(String(64))  # of the lines, unpacked
+    size_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the file, packed
+    created_at: Mapped[datetime]
+    written_at: Mapped[datetime | None]

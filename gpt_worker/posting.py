@@ -94,7 +94,8 @@ class Reply:
 def post(url: str, headers: dict[str, str], body: bytes, *, wire: Wire, deadline_s: float) -> Reply:
     """POST and read the reply, all within the deadline, however slowly it drips. No redirect is followed.
 
-    What follows the reply's head is read for politeness, up to 64 KiB, and dropped.
+    What follows the reply's head is read for politeness, up to 64 KiB, and dropped. Chunks are not: http.client takes
+    one of size "-1" for all that ever comes.
 
     Raises requests.Timeout when the wire was cut, else what requests (an OSError) or urllib3 raise.
     """
@@ -116,8 +117,9 @@ def post(url: str, headers: dict[str, str], body: bytes, *, wire: Wire, deadline
             with closing(response):
                 if wire.was_cut:
                     raise TimeoutError("headers that end with the connection look whole, and are not")
-                with suppress(*NETWORK_ERRORS):  # the head has said all there is to know
-                    response.raw.read(MAX_REPLY_BYTES, decode_content=False)
+                if not response.raw.chunked:
+                    with suppress(*NETWORK_ERRORS):  # the head has said all there is to know
+                        response.raw.read(MAX_REPLY_BYTES, decode_content=False)
         except NETWORK_ERRORS as error:
             if wire.was_cut:
                 raise requests.Timeout("the exchange took too long") from error

@@ -1,24 +1,22 @@
 """Pacing, learned from what the server says: one `Limiter` a quota group and model. Pure: the clock is passed in.
 
-Requests and tokens are reserved before a call and settled after it. A reply's headers may only lower a bucket, less
-what was sent since that call; it rises by refill alone, since replies overtake each other.
-Source: OpenAI, "Rate limits", the headers x-ratelimit-{limit,remaining,reset}-{requests,tokens}.
+Requests and tokens are reserved before a call and settled after it, against the buckets of the group's limits; where
+the server tells no limits, the number of calls in flight grows with every answer and is halved by a refusal.
 """
 
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-DEFAULT_WINDOW_S = 60.0
-LONGEST_WINDOW_S = 86_400.0
+from gpt_worker.bucket import BELIEVE_AGAIN_S, LONGEST_WINDOW_S, Bucket, Burst, Mark
+from gpt_worker.limit_headers import LimitHeaders
+
 FIRST_REST_S = 1.0
 LONGEST_REST_S = 60.0
-SAME_MOMENT_S = 0.25
-SHORTEST_BURST_S = 1.0
-BELIEVE_AGAIN_S = 600.0
-UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+HIDDEN_FOR_S = 3600.0
+STILL_BOUND_S = 1.0
+FAST_GROWTH = 3  # more in flight for each answer: four times as many a round
+FAST_WINDOW = 16  # as long as fewer are in flight
 
 
 class Bound(StrEnum):
@@ -30,150 +28,21 @@ class Bound(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Limit:
-    """What one reply tells of one limit: how much in all, how much is left, and when it will be full again."""
+class Bursts:
+    """What is known of one endpoint's bursts for one model."""
 
-    limit: int
-    remaining: int
-    reset_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class LimitHeaders:
-    """What one reply tells of the limits; None where it is silent."""
-
-    requests: Limit | None = None
-    tokens: Limit | None = None
-    retry_after_s: float | None = None
-
-
-def parse_duration_s(text: str) -> float | None:
-    """Seconds of "1s", "120ms", "6m0s", "1h2m3.5s" or a bare number of seconds; None for anything else."""
-    text = text.strip()
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
-        return float(text)
-    if not re.fullmatch(r"(\d{1,9}(\.\d{1,9})?(ms|s|m|h|d))+", text, re.ASCII):
-        return None
-    return sum(float(number) * UNIT_S[unit] for number, unit in re.findall(r"([\d.]+)(ms|s|m|h|d)", text))
-
-
-def read_headers(headers: Mapping[str, str]) -> LimitHeaders:
-    """The limits that a reply's headers (names in lower case) tell of; nonsense counts as silence."""
-    retry_after_ms = parse_duration_s(headers.get("retry-after-ms", ""))
-    retry_after_s = parse_duration_s(headers.get("retry-after", ""))
-    return LimitHeaders(
-        requests=_read_limit(headers, "requests"),
-        tokens=_read_limit(headers, "tokens"),
-        retry_after_s=retry_after_ms / 1000 if retry_after_ms is not None else retry_after_s,
-    )
-
-
-def _read_limit(headers: Mapping[str, str], name: str) -> Limit | None:
-    limit, remaining = (
-        headers.get(f"x-ratelimit-limit-{name}", ""),
-        headers.get(f"x-ratelimit-remaining-{name}", ""),
-    )
-    if not (re.fullmatch(r"\d{1,12}", limit, re.ASCII) and re.fullmatch(r"-?\d{1,12}", remaining, re.ASCII)):
-        return None
-    if int(limit) <= 0:
-        return None
-    return Limit(
-        int(limit), max(0, int(remaining)), parse_duration_s(headers.get(f"x-ratelimit-reset-{name}", ""))
-    )
-
-
-@dataclass(slots=True)
-class Sent:
-    """What a bucket had given in all when a short while ended; the calls of that while share it.
-
-    In which order calls of one moment reach the server, nobody can tell: counting one of them as sent after another
-    would count it twice where the other's reply has counted it already.
-    """
-
-    since_s: float
-    total: float
-
-
-@dataclass(slots=True)
-class Bucket:
-    """A limit as we keep it: `level` of `capacity` left, refilled at `per_s`.
-
-    `floor` is what the server says is left when nothing is: it may tell a minute's limit and hold to a second's.
-    """
-
-    capacity: float
-    level: float
-    per_s: float
-    updated_s: float
-    limit: int = 0  # as the server tells it
-    floor: int = 0
-    refused_s: float = 0.0
-    sent: float = 0.0  # all that was ever reserved, to know what was sent since a call
-    mark: Sent = field(default_factory=lambda: Sent(-math.inf, 0.0))
-    window_seen: float = 0.0  # the share of the bucket on which `per_s` rests; a larger share tells more
-
-    def refill(self, now_s: float) -> None:
-        if self.floor and now_s - self.refused_s > BELIEVE_AGAIN_S:
-            self.floor, self.capacity = 0, self.limit
-        self.level = min(self.capacity, self.level + (now_s - self.updated_s) * self.per_s)
-        self.updated_s = now_s
-
-    def wait_s(self, amount: float, now_s: float) -> float:
-        """Seconds until `amount` is there; 0 if it is. Never asks for more than the bucket holds."""
-        self.refill(now_s)
-        missing = min(amount, self.capacity) - self.level
-        return 0.0 if missing <= 1e-9 else missing / self.per_s
-
-    def take(self, amount: float, now_s: float) -> Sent:
-        """Take what a call may spend; the mark tells later what was sent after it."""
-        self.level -= min(amount, self.capacity)
-        self.sent += amount
-        if now_s - self.mark.since_s >= SAME_MOMENT_S:
-            self.mark = Sent(now_s, self.sent)
-        self.mark.total = self.sent
-        return self.mark
-
-    def learn(self, told: Limit, sent_since: float, took_s: float, now_s: float) -> None:
-        """Heed a reply that left the server `took_s` after its call was sent, `sent_since` having been sent since."""
-        if told.limit != self.limit:
-            self.per_s *= told.limit / self.limit
-            self.limit, self.capacity, self.floor = told.limit, told.limit, 0
-            self.level = min(self.level, self.capacity)
-            self.window_seen = 0.0
-        used = told.limit - told.remaining
-        share = used / told.limit
-        if told.reset_s and used > 0 and share >= self.window_seen:
-            window_s = min(LONGEST_WINDOW_S, max(1.0, told.reset_s * told.limit / used))
-            self.per_s, self.window_seen = told.limit / window_s, share
-        self.refill(now_s)
-        self.level = min(self.level, told.remaining - self.floor + took_s * self.per_s - sent_since)
-
-    def refused(self, told: Limit, now_s: float) -> None:
-        """A call was refused for this limit, of which the server says that so much is left: it is in fact empty.
-
-        No server is taken to hold to less than a second's share, and after a while it is believed again.
-        """
-        second = max(1, round(self.per_s * SHORTEST_BURST_S))
-        self.floor = max(self.floor, min(told.remaining, told.limit - second))
-        self.refused_s = now_s
-        self.capacity = self.limit - self.floor
-        self.level = min(self.level, 0.0)
-
-    @classmethod
-    def first(cls, told: Limit, now_s: float) -> "Bucket":
-        bucket = cls(told.limit, told.remaining, told.limit / DEFAULT_WINDOW_S, now_s, told.limit)
-        bucket.learn(told, 0.0, 0.0, now_s)
-        return bucket
+    requests: Burst = field(default_factory=Burst)
+    tokens: Burst = field(default_factory=Burst)
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one call was allowed to spend, and how much had been sent in all when it went; no mark: of no limit yet."""
+    """What one call was allowed to spend, and where it stands among all that were sent; no mark: of no limit yet."""
 
     tokens: int
     sent_at_s: float
-    requests_mark: Sent | None
-    tokens_mark: Sent | None
+    requests_mark: Mark | None
+    tokens_mark: Mark | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,39 +53,71 @@ class Wait:
     bound: Bound | None
 
 
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """A limit that no header tells, kept until it may have changed."""
+
+    bucket: Bucket
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLimit:
+    """The limit that a refusal names: so much in so long."""
+
+    limit: int
+    window_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RateRefusal:
+    """What a refusal for its rate tells of the limit: its kind, which one, and what the call would have taken."""
+
+    bound: Bound | None = None
+    named: NamedLimit | None = None
+    requested_tokens: int | None = None
+
+
+UNTOLD = RateRefusal()
+
+
 class Limiter:
     """One quota group's pace for one model."""
 
-    def __init__(self) -> None:
+    def __init__(self, bursts: Bursts | None = None) -> None:
+        self._bursts = bursts or Bursts()
         self.requests: Bucket | None = None
         self.tokens: Bucket | None = None
         self.in_flight = 0
-        self.window = (
-            1  # calls in flight at once: 1 until the first reply, then it doubles with each round of replies
-        )
-        self.window_limit = math.inf  # learned by halving where the server tells no limits
+        self.window: float = 1  # calls in flight at once: 1 until the first reply
+        self.window_limit = math.inf  # halved where the server refuses and does not say for what limit
+        self._halved_s = -math.inf
+        self._hidden: dict[tuple[Bound, float], Hidden] = {}  # limits that only refusals tell of, by window
         self.rest_until_s = 0.0
         self.rests_in_a_row = 0
-        self.bound_by: Bound | None = None
+        self._bound: tuple[Bound | None, float] = (None, 0.0)  # what held the last call back, and until when
         self.blocked = False  # whether somebody waits for a reply to make room
         self._ratio = 1.0  # true prompt tokens ÷ estimated ones
-        self._completion_tokens = 0.0
 
-    def cost(self, prompt_tokens: int, max_output_tokens: int | None) -> int:
-        """Tokens to reserve: the corrected estimate, and the answer as long as answers have been."""
-        output = max_output_tokens if max_output_tokens is not None else self._completion_tokens
-        return max(1, round(prompt_tokens * self._ratio + output))
+    def cost(self, prompt_tokens: int, max_output_tokens: int | None, tasks: int = 1) -> int:
+        """Tokens to reserve: the corrected estimate, and each task's answer as far as the request bounds it.
+
+        Whether the endpoint counts answers, only its headers tell: see `Bucket.charge`.
+        """
+        return max(1, round(prompt_tokens * self._ratio + tasks * (max_output_tokens or 0)))
 
     def reserve(self, tokens: int, now_s: float) -> Reservation | Wait:
         """Reserve one request of so many tokens, or say how long to wait for it."""
         wait = self._wait(tokens, now_s)
-        self.bound_by = wait.bound
+        self._bound = wait.bound, now_s + wait.seconds
         if wait.seconds > 0:
             self.blocked = self.blocked or math.isinf(wait.seconds)
             return wait
         if self.tokens:
             tokens = min(tokens, int(self.tokens.capacity))
         self.in_flight += 1
+        for (bound, _), hidden in self._hidden.items():
+            hidden.bucket.take(1 if bound is Bound.REQUESTS else tokens, now_s)
         return Reservation(
             tokens,
             now_s,
@@ -231,9 +132,20 @@ class Limiter:
             return Wait(math.inf, None if self.window_limit == math.inf else Bound.REQUESTS)
         requests_s = self.requests.wait_s(1, now_s) if self.requests else 0.0
         tokens_s = self.tokens.wait_s(tokens, now_s) if self.tokens else 0.0
+        if self._hidden:
+            requests_s = max(requests_s, self._hidden_wait_s(Bound.REQUESTS, 1, now_s))
+            tokens_s = max(tokens_s, self._hidden_wait_s(Bound.TOKENS, tokens, now_s))
         if requests_s >= tokens_s:
             return Wait(requests_s, Bound.REQUESTS if requests_s else None)
         return Wait(tokens_s, Bound.TOKENS)
+
+    def _hidden_wait_s(self, bound: Bound, amount: int, now_s: float) -> float:
+        for key in [key for key, hidden in self._hidden.items() if now_s > hidden.until_s]:
+            del self._hidden[key]
+        return max(
+            (hidden.bucket.wait_s(amount, now_s) for key, hidden in self._hidden.items() if key[0] is bound),
+            default=0.0,
+        )
 
     def replied(
         self,
@@ -243,17 +155,21 @@ class Limiter:
         *,
         estimate: int = 0,
         prompt_tokens: int = 0,
-        completion_tokens: int = 0,
     ) -> None:
-        """Settle a call that was answered; token counts of 0 mean that the reply did not tell."""
+        """Settle a call that was answered; `prompt_tokens` of 0: the reply did not tell."""
         self.in_flight -= 1
         self.rests_in_a_row = 0
-        self.window += 1
-        if self.window_limit != math.inf:
+        self._learn(reservation, headers, now_s, went_well=True)
+        if self._told:  # that bounds what goes out; without it nobody knows what is too much
+            self.window = math.inf
+        else:
+            self.window += FAST_GROWTH if self.window < FAST_WINDOW else 1
+        if self._told and now_s - self._halved_s > BELIEVE_AGAIN_S:
+            self.window_limit = math.inf
+        else:
             self.window_limit += 1 / self.window_limit
-        if prompt_tokens:
-            self._learn_cost(reservation, estimate, prompt_tokens, completion_tokens)
-        self._learn(reservation, headers, now_s)
+        if prompt_tokens and estimate:
+            self._ratio += 0.1 * (min(8.0, max(0.125, prompt_tokens / estimate)) - self._ratio)
 
     def failed(self, reservation: Reservation, headers: LimitHeaders, now_s: float) -> None:
         """Settle a call that gave no answer; what it reserved stays spent, since the server may have counted it."""
@@ -267,26 +183,18 @@ class Limiter:
         now_s: float,
         rest_s: float | None,
         jitter: float,
-        bound: Bound | None = None,
+        refusal: RateRefusal,
     ) -> None:
-        """Settle a call that was refused for its rate: nothing is sent for `rest_s`, or for as long as we think fit.
-
-        `bound` is the limit that the server names.
-        """
+        """Settle a call that was refused for its rate: nothing is sent for `rest_s`, or for as long as we think fit."""
         self.in_flight -= 1
-        self._learn(reservation, headers, now_s)
-        if bound is Bound.REQUESTS and self.requests and headers.requests:
-            self.requests.refused(headers.requests, now_s)
-        if (
-            bound is Bound.TOKENS
-            and self.tokens
-            and headers.tokens
-            and headers.tokens.remaining > reservation.tokens
-        ):
-            self.tokens.refused(headers.tokens, now_s)
-        told = self.requests is not None or self.tokens is not None
-        if not told:
+        self._learn(reservation, headers, now_s, taken=False)
+        if refusal.requested_tokens and self.tokens:
+            self.tokens.told_charge(refusal.requested_tokens, reservation.tokens)
+        if refusal.bound is None or not self._told:
             self.window_limit = max(1.0, min(self.window_limit, self.in_flight + 1, self.window) / 2)
+            self._halved_s = now_s
+        else:
+            self._refused(refusal.bound, refusal.named, headers, reservation.tokens, now_s)
         if reservation.sent_at_s >= self.rest_until_s:
             self.rests_in_a_row += 1
         if not rest_s:  # "retry after 0 s" says as little as nothing
@@ -295,15 +203,39 @@ class Limiter:
             )
         self.rest_until_s = max(self.rest_until_s, now_s + min(LONGEST_WINDOW_S, rest_s))
 
+    def bound_by(self, now_s: float) -> Bound | None:
+        """What holds calls back now."""
+        bound, until_s = self._bound
+        return bound if now_s < until_s + STILL_BOUND_S and (self.in_flight or until_s < math.inf) else None
+
+    @property
+    def _told(self) -> bool:
+        return self.requests is not None or self.tokens is not None
+
+    def _refused(
+        self, bound: Bound, named: NamedLimit | None, headers: LimitHeaders, amount: int, now_s: float
+    ) -> None:
+        """The limit that the headers tell holds more strictly than they say, or it was one that they don't tell."""
+        counts_requests = bound is Bound.REQUESTS
+        bucket = self.requests if counts_requests else self.tokens
+        told = headers.requests if counts_requests else headers.tokens
+        if named is not None and (told is None or told.limit != named.limit):
+            per_s = named.limit / named.window_s
+            of_its_own = Burst(proven=1.0)
+            hidden = Bucket(
+                named.limit, 0.0, per_s, now_s, of_its_own, charge=self.tokens.charge if self.tokens else 1.0
+            )
+            self._hidden[bound, named.window_s] = Hidden(hidden, now_s + HIDDEN_FOR_S)
+        elif bucket and told and (counts_requests or told.remaining > amount):
+            bucket.refused(told, now_s)
+
     def pause_s(self, now_s: float) -> float:
         """Seconds until the smallest request could go; 0 if it can, or waits for a reply only."""
         if self.rest_until_s > now_s:
             return self.rest_until_s - now_s
-        return (
-            max(bucket.wait_s(1, now_s) for bucket in (self.requests, self.tokens) if bucket)
-            if self.requests or self.tokens
-            else 0.0
-        )
+        told = [bucket for bucket in (self.requests, self.tokens) if bucket]
+        buckets = told + [hidden.bucket for hidden in self._hidden.values()]
+        return max((bucket.wait_s(1, now_s) for bucket in buckets), default=0.0)
 
     def absorb(self, other: "Limiter") -> None:
         """Take over what another limiter of the same limit has learned: the lowest remaining and the longest rest."""
@@ -311,6 +243,8 @@ class Limiter:
             return
         self.rest_until_s = max(self.rest_until_s, other.rest_until_s)
         self.window_limit = min(self.window_limit, other.window_limit)
+        self._halved_s = max(self._halved_s, other._halved_s)
+        self._hidden = other._hidden | self._hidden
         self.requests = _lower(self.requests, other.requests)
         self.tokens = _lower(self.tokens, other.tokens)
 
@@ -318,35 +252,36 @@ class Limiter:
         """Give back a reservation whose call was never sent."""
         self.in_flight -= 1
 
-    def _learn_cost(self, reservation: Reservation, estimate: int, prompt: int, completion: int) -> None:
-        if estimate:
-            self._ratio += 0.1 * (min(8.0, max(0.125, prompt / estimate)) - self._ratio)
-        self._completion_tokens += 0.1 * (completion - self._completion_tokens)
-        if self.tokens:
-            self.tokens.level -= max(0, prompt + completion - reservation.tokens)
-
-    def _learn(self, reservation: Reservation, headers: LimitHeaders, now_s: float) -> None:
-        took_s = now_s - reservation.sent_at_s
-        if headers.requests:
+    def _learn(
+        self,
+        reservation: Reservation,
+        headers: LimitHeaders,
+        now_s: float,
+        *,
+        went_well: bool = False,
+        taken: bool = True,
+    ) -> None:
+        if (headers.requests or headers.tokens) and not self._told:
+            self.window_limit = math.inf  # halved while nothing was told
+        if told := headers.requests:
             if self.requests is None:
-                self.requests = Bucket.first(headers.requests, now_s)
+                self.requests = Bucket.first(told, now_s, self._bursts.requests)
             else:
-                since = _since(self.requests, reservation.requests_mark)
-                self.requests.learn(headers.requests, since, took_s, now_s)
-        if headers.tokens:
+                self.requests.learn(told, reservation.requests_mark, now_s, taken=taken)
+            if went_well:
+                self._bursts.requests.went_well(told.used_share)
+        if told := headers.tokens:
             if self.tokens is None:
-                self.tokens = Bucket.first(headers.tokens, now_s)
+                self.tokens = Bucket.first(told, now_s, self._bursts.tokens, learns_charge=True)
             else:
-                self.tokens.learn(headers.tokens, _since(self.tokens, reservation.tokens_mark), took_s, now_s)
-
-
-def _since(bucket: Bucket, mark: Sent | None) -> float:
-    return max(0.0, bucket.sent - (mark.total if mark else 0.0))
+                self.tokens.learn(told, reservation.tokens_mark, now_s, taken=taken)
+            if went_well:
+                self._bursts.tokens.went_well(told.used_share)
 
 
 def _lower(ours: Bucket | None, theirs: Bucket | None) -> Bucket | None:
     """Our bucket with the lower level of both; a copy of theirs if we have none, since its history is another's."""
     if ours is None or theirs is None:
-        return ours or (theirs and replace(theirs, sent=0.0, mark=Sent(-math.inf, 0.0)))
-    ours.level = min(ours.level, theirs.level)
+        return ours or (theirs and theirs.copy())
+    ours.absorb(theirs, max(ours.updated_s, theirs.updated_s))
     return ours

@@ -1,4 +1,4 @@
-"""The one writer of outcomes: commits them in groups, closes and ends jobs, and puts their webhooks in the outbox.
+"""The one writer of outcomes: commits them in groups, ends jobs, and owes their webhooks and files in the same commit.
 
 A group is whatever arrived since the previous commit; a lone answer waits for nothing, nor do a job's last ones.
 Every update is guarded, so a commit of unknown result can be made again. While commits fail, nothing new is sent
@@ -15,11 +15,12 @@ from datetime import datetime
 
 from sqlalchemy.orm import Session
 
-from gpt_worker.db import Database
+from gpt_worker.db import Database, trouble_of
 from gpt_worker.domain import Answer, DeliveryMode, Failure, Outcome, utc_now
 from gpt_worker.models import JobRow
 from gpt_worker.store import deliveries as delivery_store
 from gpt_worker.store import jobs as job_store
+from gpt_worker.store import result_files as file_store
 from gpt_worker.store import tasks as task_store
 from gpt_worker.store.jobs import JobProgress
 
@@ -76,6 +77,7 @@ class Recorder:
         self.on_ended: Callable[[str, int], None] = lambda _job_id, _run: None
         self.on_committed: Callable[[Collection[str]], None] = lambda _job_ids: None
         self.on_delivery: Callable[[], None] = lambda: None
+        self.on_file: Callable[[], None] = lambda: None
         self.on_recovered: Callable[[], None] = lambda: None
 
     def start(self) -> None:
@@ -161,13 +163,15 @@ class Recorder:
             try:
                 ended = commit()
                 break
-            except Exception:  # whatever it is, an answer that was paid for is not dropped
+            except Exception as error:  # whatever it is, an answer that was paid for is not dropped
                 if self.healthy:
-                    log.exception(
-                        "answers can't be stored; nothing is sent meanwhile", extra={"action": "record"}
-                    )
+                    _say_unhealthy(error)
                 self.healthy = False
                 if self._stopping:
+                    log.error(
+                        "the last answers can't be stored: they are asked for again after the next start",
+                        extra={"action": "record"},
+                    )
                     return
                 threading.Event().wait(retry_s)
                 retry_s = min(LONGEST_RETRY_S, 2 * retry_s)
@@ -182,6 +186,8 @@ class Recorder:
             self.on_ended(job.id, job.run)
             if job.delivery == DeliveryMode.WEBHOOK:
                 self.on_delivery()
+        if ended:
+            self.on_file()
 
     def _commit_group(self, group: _Group) -> list[JobRow]:
         now = utc_now()
@@ -224,6 +230,8 @@ class Recorder:
     def _end_jobs(self, session: Session, job_ids: Collection[str], now: datetime) -> list[JobRow]:
         ended: list[JobRow] = []
         for job_id in job_ids:
+            if not job_store.is_decided(session, job_id):
+                continue
             job = job_store.end_if_done(session, job_id, now)
             if job is None:
                 job = job_store.get_job(session, job_id)
@@ -234,8 +242,19 @@ class Recorder:
                 delivery_store.add_job_delivery(
                     session, job_id=job.id, owner_id=job.owner_id, run=job.run, url=self._webhook_url, now=now
                 )
+            file_store.owe(session, job.id, job.run, now)
             ended.append(job)
         return ended
+
+
+def _say_unhealthy(error: Exception) -> None:
+    trouble = trouble_of(error)
+    log.error(
+        "answers can't be stored; nothing is sent meanwhile%s",
+        f": {trouble}" if trouble else "",
+        exc_info=None if trouble else error,
+        extra={"action": "record"},
+    )
 
 
 def _decided(outcome: Outcome) -> bool:

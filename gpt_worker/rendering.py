@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -16,9 +16,13 @@ from gpt_worker.store import jobs as job_store
 from gpt_worker.store import tasks as task_store
 from gpt_worker.store.tasks import TaskResult
 
+Results = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+"""Answers, errors and finish reasons, each by task id."""
+
 MAX_RESULT_TASKS = 10_000
 MAX_RESULT_BYTES = 8 << 20
 PAGE_TASKS = 1000
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def render_time(moment: datetime | None) -> str | None:
@@ -34,17 +38,30 @@ def render_job(
     session: Session, job: JobRow, *, with_results: bool, waiting: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """The job object of the API. The three result members are null when left out or too large to stand in it."""
-    results = errors = finish_reasons = None
-    fits = results_fit(job)
-    if with_results and fits:
-        results, errors, finish_reasons = _results(session, job.id)
+    owners = job_store.owner_emails(session, [job])
+    results = _results(session, job.id) if with_results and results_fit(job) else None
+    return _job(job, owners, results, waiting)
+
+
+def render_list(
+    session: Session, jobs: Sequence[JobRow], waiting: Mapping[str, dict[str, Any] | None]
+) -> list[dict[str, Any]]:
+    """The job objects of a list, without results; `waiting` is by job id."""
+    owners = job_store.owner_emails(session, jobs)
+    return [_job(job, owners, None, waiting.get(job.id)) for job in jobs]
+
+
+def _job(
+    job: JobRow, owners: Mapping[str, str], told: Results | None, waiting: dict[str, Any] | None
+) -> dict[str, Any]:
+    results, errors, finish_reasons = told or (None, None, None)
     return {
         "id": job.id,
         "status": job.status,
         "run": job.run,
         "model": job.model,
         "delivery": job.delivery,
-        "owner": job_store.owner_email(session, job),
+        "owner": owners.get(job.owner_id or ""),
         "metadata": job.meta,
         "waiting": waiting,
         "counts": {
@@ -61,7 +78,7 @@ def render_job(
         "results": results,
         "errors": errors,
         "finish_reasons": finish_reasons,
-        "results_url": None if fits else f"/jobs/{job.id}/results",
+        "results_url": None if results_fit(job) else f"/jobs/{job.id}/results",
         "created_at": render_time(job.created_at),
         "started_at": render_time(job.started_at),
         "finished_at": render_time(job.finished_at),
@@ -73,7 +90,7 @@ def results_fit(job: JobRow) -> bool:
     return job.total <= MAX_RESULT_TASKS and job.results_bytes <= MAX_RESULT_BYTES
 
 
-def _results(session: Session, job_id: str) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _results(session: Session, job_id: str) -> Results:
     results: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     finish_reasons: dict[str, Any] = {}
@@ -97,15 +114,13 @@ def results_jsonl(database: Database, job_id: str) -> Iterator[bytes]:
     """The decided tasks, `{"id", "result", "error", "finish_reason"}` a line, in order, a page at a time."""
     for page in _pages(database, job_id):
         lines = [
-            json.dumps(
+            _encode(
                 {
                     "id": task.id,
                     "result": task.answer,
                     "error": render_error(task),
                     "finish_reason": task.finish_reason,
-                },
-                ensure_ascii=False,
-                separators=(",", ":"),
+                }
             )
             for task in page
             if task.state != TaskState.PENDING

@@ -2,33 +2,45 @@
 
 import logging
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from flask import Flask
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from config import Settings, SettingsError
 from gpt_worker.accounts import Accounts
-from gpt_worker.db import Database
+from gpt_worker.db import Database, trouble_of
 from gpt_worker.deliveries import Deliveries
 from gpt_worker.dispatcher import Dispatcher
-from gpt_worker.domain import JobStatus
+from gpt_worker.domain import ErrorCode, Failure, JobStatus
+from gpt_worker.drives import check_settings
 from gpt_worker.embedded import EmbeddedModel, EmbeddedModelMissing, check_installed
+from gpt_worker.flights import Flights
 from gpt_worker.janitor import Janitor
 from gpt_worker.jobs import CANCELLED, Jobs
 from gpt_worker.keys import KeyBoard
 from gpt_worker.metrics import Snapshot, Stored
+from gpt_worker.models import JobRow
 from gpt_worker.modes import ModeBoard
 from gpt_worker.places import Places
 from gpt_worker.progress import ProgressBoard
 from gpt_worker.recorder import Recorder
+from gpt_worker.result_files import ResultFiles
 from gpt_worker.store import deliveries as delivery_store
 from gpt_worker.store import jobs as job_store
+from gpt_worker.store import result_files as file_store
+from gpt_worker.store import tasks as task_store
 
 log = logging.getLogger(__name__)
 
 CALLS_GRACE_S = 23.0  # of the 30 s in which SIGTERM must be done
 COMMIT_GRACE_S = 2.0
+MAX_CRASHES = 5  # with a task in flight, until it is asked no more
+INTERRUPTED = Failure(
+    ErrorCode.INTERRUPTED, f"the service itself failed {MAX_CRASHES} times while this task was asked"
+)
 
 
 @dataclass(slots=True)
@@ -41,8 +53,10 @@ class Service:
     modes: ModeBoard
     accounts: Accounts
     recorder: Recorder
+    flights: Flights
     dispatcher: Dispatcher
     deliveries: Deliveries
+    result_files: ResultFiles
     jobs: Jobs
     janitor: Janitor
     embedded: EmbeddedModel | None
@@ -54,13 +68,15 @@ class Service:
     places: Places = field(default_factory=Places)
     ready: bool = False
     stopping: bool = False
+    _troubled: bool = field(default=False, init=False)  # the numbers can't be read, and it has been told
 
     def start(self) -> None:
         """Bring the tables up to date, take up what an earlier process left, and begin to serve.
 
         In the process that serves, after the fork and with DATA_DIR owned. Raises SettingsError if the embedded model
-        is to answer and is not there.
+        is to answer and is not there, or the drive's driver is not.
         """
+        check_settings(self.settings)
         if self.embedded is not None:
             try:
                 check_installed(self.settings.model_path)
@@ -72,17 +88,44 @@ class Service:
         with self.database.write() as session:
             job_store.discard_half_received(session)
             unfinished = job_store.open_jobs(session)
+            self._count_crash(session, unfinished)
         self.recorder.start()
-        for job in unfinished:
-            if job.status == JobStatus.CANCELLED:
-                self.recorder.close_job(job.id, CANCELLED, ())
-        self.dispatcher.start(job for job in unfinished if job.status != JobStatus.CANCELLED)
+        self.dispatcher.start([job for job in unfinished if not self._close(job)])
         self.deliveries.start()
-        self.janitor.start()
+        self.result_files.start()
+        self.janitor.start(self.jobs.work_off)
         if self.embedded is not None:
             self.embedded.start()
         self.ready = True
         self._say_started(len(unfinished))
+
+    def _count_crash(self, session: Session, unfinished: Sequence[JobRow]) -> None:
+        """Count what was in flight when an earlier process crashed; a task that was so too often is asked no more."""
+        in_flight = self.flights.left_behind()
+        for job in unfinished:
+            positions = in_flight.get((job.id, job.run))
+            if not positions:
+                continue
+            failed = task_store.count_crash(session, job.id, positions, MAX_CRASHES, INTERRUPTED)
+            job.failed += failed
+            job.results_bytes += failed * len(INTERRUPTED.message)
+            log.warning(
+                "the service crashed with %d tasks of a job in flight; %d of them fail, as it was so %d times",
+                len(positions),
+                failed,
+                MAX_CRASHES,
+                extra={"action": "crash", "job_id": job.id},
+            )
+
+    def _close(self, job: JobRow) -> bool:
+        """End a job with nothing left to ask; whether it is one."""
+        if job.status == JobStatus.CANCELLED:
+            self.recorder.close_job(job.id, CANCELLED, ())
+        elif job.answered + job.failed >= job.total:  # by the tasks that a crash has failed
+            self.recorder.close_job(job.id, INTERRUPTED, ())
+        else:
+            return False
+        return True
 
     def _say_started(self, unfinished: int) -> None:
         no_key = f"the embedded model {self.model_name}, as no GPT key is set,"
@@ -114,6 +157,7 @@ class Service:
         self.dispatcher.abort()
         sending.join()
         self.janitor.stop()
+        self.result_files.stop()
         if not self.recorder.stop(COMMIT_GRACE_S):
             log.error("the last answers could not be stored in time", extra={"action": "stop"})
         if self.embedded is not None:
@@ -129,11 +173,22 @@ class Service:
         """How the service stands now, in numbers."""
         try:
             with self.database.read() as session:
-                stored = Stored(job_store.count_by_status(session), delivery_store.count_by_status(session))
-        except SQLAlchemyError:
-            log.warning(
-                "the database can't be read for the metrics", exc_info=True, extra={"action": "metrics"}
-            )
+                stored = Stored(
+                    job_store.count_by_status(session),
+                    delivery_store.count_by_status(session),
+                    file_store.count_by_state(session),
+                )
+            self._troubled = False
+        except SQLAlchemyError as error:
+            trouble = trouble_of(error)
+            if not (trouble and self._troubled):
+                log.warning(
+                    "the database can't be read for the metrics%s",
+                    f": {trouble}" if trouble else "",
+                    exc_info=None if trouble else error,
+                    extra={"action": "metrics"},
+                )
+            self._troubled = trouble is not None
             stored = None
         return Snapshot(
             version=self.version,
@@ -144,6 +199,8 @@ class Service:
             outcomes=self.recorder.stored,
             inbox=self.recorder.waiting,
             recorder_healthy=self.recorder.healthy,
+            drive_failures=self.result_files.failures,
+            drive_healthy=self.result_files.trouble is None,
             places=self.places.total,
             places_free=self.places.free,
         )

@@ -12,7 +12,8 @@ CHUNKS_PER_THREAD = 4
 
 def estimate_tokens(text: str) -> int:
     """Prompt tokens of a text, at least 1: UTF-8 bytes ÷ 4, so that no tokenizer is needed."""
-    return max(1, len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
+    size_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    return size_bytes // BYTES_PER_TOKEN or 1
 
 
 def estimate_prompt(prompt: Prompt, template_tokens: int = 0, instructions_tokens: int = 0) -> int:

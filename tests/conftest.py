@@ -29,6 +29,9 @@ SETTINGS = frozenset(
 def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests give their settings themselves; those of the shell must not reach them."""
     for name in list(os.environ):
-        if name.startswith(("GPT_", "GUNICORN_", "DB_")) or name in SETTINGS:
+        if (
+            name.startswith(("GPT_", "GUNICORN_", "DB_", "DRIVE_", "S3_", "GCS_", "AZURE_"))
+            or name in SETTINGS
+        ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("NO_PROXY", "*")

@@ -26,8 +26,8 @@ from gpt_worker.domain import (
 from gpt_worker.fair_queue import JobRun, QueuedTask
 from gpt_worker.gpt import Reply
 from gpt_worker.lanes import Lane
+from gpt_worker.limit_headers import Limit, LimitHeaders
 from gpt_worker.models import JobRow, UserRow
-from gpt_worker.rate_limit import Limit, LimitHeaders
 from gpt_worker.store import jobs as job_store
 from gpt_worker.store import tasks as task_store
 from gpt_worker.transport import RawReply
@@ -115,12 +115,12 @@ def problem(*, kind: ProblemKind = ProblemKind.TRANSIENT, **fields: Any) -> Prob
     return Problem(kind=kind, **filled)
 
 
-def reply(*, text: str = "Hello", tokens: int = 0, **fields: Any) -> Reply:
+def reply(*, text: str = "Hello", tokens: int = 0, **fields: Any) -> Reply[Answer]:
     """A good answer, whose usage tells `tokens` prompt tokens if there are any."""
-    return Reply(Answer(text), Usage(tokens, 0), told_usage=bool(tokens), **fields)
+    return Reply(Answer(text), Usage(tokens, 0), **fields)
 
 
-def trouble(*, kind: ProblemKind = ProblemKind.TRANSIENT, **fields: Any) -> Reply:
+def trouble(*, kind: ProblemKind = ProblemKind.TRANSIENT, **fields: Any) -> Reply[Answer]:
     """A reply that is a problem; `fields` are those of `Problem`."""
     return Reply(problem(kind=kind, **fields))
 

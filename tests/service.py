@@ -112,7 +112,7 @@ class Service:
     def wait_ready(self, timeout_s: float = 30.0) -> None:
         deadline_s = time.monotonic() + timeout_s
         process = self._running()
-        while not self._is_ready():
+        while not self.is_ready():
             status = process.poll()
             if status is not None:
                 self.kill()
@@ -122,7 +122,8 @@ class Service:
                 raise TimeoutError(f"not ready within {timeout_s} s\n{self.stderr()}")
             time.sleep(0.02)
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
+        """Whether `GET /readyz` says 200 now."""
         try:
             return self.get("/readyz", timeout=5.0).status_code == 200
         except requests.RequestException:

@@ -3,15 +3,16 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from flask import Response
+from flask import Response, request
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
 from gpt_worker.accounts import IssuedToken, Page, Token, User
 from gpt_worker.api import schemas
-from gpt_worker.api.access import token_id, user_id
+from gpt_worker.api.access import bearer_token, token_id, user_id
 from gpt_worker.api.context import service
 from gpt_worker.rendering import render_time
+from gpt_worker.user_limits import network
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -31,21 +32,28 @@ api = APIBlueprint(
     },
 )
 def register(body: schemas.RegisterBody) -> tuple[Json, int]:
-    user, token = service().accounts.register(body.email, body.password, body.setup_token)
+    accounts, origin = service().accounts, network(request.remote_addr)
+    user, token = accounts.register(body.email, body.password, body.setup_token, origin)
     return {"user": _render_user(user), "token": _render_bearer(token)}, 201
 
 
 @api.post(
     "/login",
     summary="Log in for 24 hours",
-    description="After 5 wrong passwords in 15 minutes the address is locked, for 1 s to 15 min.",
+    description=(
+        "After 5 wrong passwords in 15 minutes the address is locked, for 1 s to 15 min, for the network that they "
+        "came from; after 50 from anywhere, for all. After 240 failed logins in a minute, for whatever addresses, a "
+        "network gets a 429. Who sends an earlier token of the account in `Authorization`, even one that has ended, is "
+        "not kept out by strangers."
+    ),
     responses={
         200: schemas.answer("The token", schemas.LoginReply),
         **schemas.problems(401, 429, 503, 507, *schemas.BODY_PROBLEMS),
     },
 )
 def login(body: schemas.LoginBody) -> Json:
-    return {"token": _render_bearer(service().accounts.login(body.email, body.password))}
+    accounts, origin = service().accounts, network(request.remote_addr)
+    return {"token": _render_bearer(accounts.login(body.email, body.password, bearer_token(), origin))}
 
 
 @api.post(
@@ -69,7 +77,7 @@ def logout() -> Response:
     },
 )
 def create_token(body: schemas.TokenBody) -> tuple[Json, int]:
-    token = service().accounts.create_api_token(user_id(), body.name, body.expires_in_days)
+    token = service().accounts.create_api_token(token_id(), body.name, body.expires_in_days)
     return {
         "id": token.id,
         "name": token.name,
@@ -114,7 +122,7 @@ def get_me() -> Json:
     "/me/password",
     summary="Change one's password",
     description="Ends every other token of the account. A wrong old password is a 403.",
-    responses={204: None, **schemas.problems(403, 429, 507, *schemas.BODY_PROBLEMS)},
+    responses={204: None, **schemas.problems(403, 429, 503, 507, *schemas.BODY_PROBLEMS)},
 )
 def change_password(body: schemas.PasswordBody) -> Response:
     service().accounts.change_password(user_id(), token_id(), body.old, body.new)

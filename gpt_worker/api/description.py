@@ -14,7 +14,7 @@ from flask_openapi3.openapi import OpenAPI
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
-from gpt_worker.api.access import LINK_PARAMETER, POLICIES, Access
+from gpt_worker.api.access import LINK_PARAMETER, POLICIES, UNCOUNTED, Access
 from gpt_worker.api.problems import MIMETYPE, STATUSES
 from gpt_worker.api.schemas import (
     EXAMPLE_ID,
@@ -40,7 +40,7 @@ INFO = """Send a list of prompts, get every answer: spread over all API keys, st
 
 **Errors** are RFC 9457 problems, `application/problem+json`. Beside those that
 are listed with a route, an unknown address is a 404, and a method that is not taken there a 405 with `Allow`; a request
-that is no sound HTTP, or whose headers are too slow or too long, is a 400, 408, 414, 431 or 501.
+that is no sound HTTP, or whose headers are too slow or too long, is a 400, 408, 414, 417, 431 or 501.
 
 **`X-Request-Id`** stands in every reply; send one of 1 to 128 letters, digits, `.`, `_`, `-` to choose it.
 
@@ -169,7 +169,7 @@ def _complete(operation: Json, path: str, endpoint: str) -> None:
     if parameters:
         operation["parameters"] = parameters
     _show_body(operation.get("requestBody", {}).get("content", {}))
-    operation["responses"] = _responses(operation, path, access)
+    operation["responses"] = _responses(operation, path, endpoint)
 
 
 def _parameter(parameter: Json) -> Json:
@@ -177,9 +177,9 @@ def _parameter(parameter: Json) -> Json:
     return {**parameter, "schema": _never_null(parameter["schema"])}
 
 
-def _responses(operation: Json, path: str, access: Access) -> Json:
+def _responses(operation: Json, path: str, endpoint: str) -> Json:
     good: dict[int, Json] = {}
-    bad = _problems_of(operation, path, access)
+    bad = _problems_of(operation, path, endpoint)
     for text, response in operation["responses"].items():
         status = int(text)
         if status < HTTPStatus.BAD_REQUEST:
@@ -190,9 +190,13 @@ def _responses(operation: Json, path: str, access: Access) -> Json:
     return {str(status): response for status, response in sorted({**good, **problems}.items())}
 
 
-def _problems_of(operation: Json, path: str, access: Access) -> set[int]:
-    """What follows from who may come in, and from what is sent; 503: without the database nobody is known."""
-    statuses = {500}
+def _problems_of(operation: Json, path: str, endpoint: str) -> set[int]:
+    """What follows from who may come in, and how often, and from what is sent.
+
+    503: without the database nobody is known.
+    """
+    access = POLICIES[endpoint]
+    statuses = {500} if endpoint in UNCOUNTED else {429, 500}
     if access is not Access.PUBLIC:
         statuses.add(401)
     if access not in (Access.PUBLIC, Access.SIGNED):

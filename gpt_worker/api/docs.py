@@ -70,9 +70,13 @@ class FilePath(BaseModel):
 
 
 def install(app: OpenAPI, webhooks: dict[str, Json]) -> None:
-    """Describe this app; to be called when every route is registered."""
-    document = describe(app, webhooks)
-    app.extensions[EXTENSION] = app.json.dumps(document, separators=(",", ":")).encode()
+    """Have this app described when somebody first asks: it takes memory that most services never need."""
+
+    @cache
+    def document() -> bytes:
+        return app.json.dumps(describe(app, webhooks), separators=(",", ":")).encode()
+
+    app.extensions[EXTENSION] = document
 
 
 @api.get(
@@ -84,7 +88,7 @@ def install(app: OpenAPI, webhooks: dict[str, Json]) -> None:
     },
 )
 def get_openapi() -> Response:
-    return Response(current_app.extensions[EXTENSION], content_type="application/json", headers=HEADERS)
+    return Response(current_app.extensions[EXTENSION](), content_type="application/json", headers=HEADERS)
 
 
 @api.get(

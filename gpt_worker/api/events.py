@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gpt_worker import rendering
 from gpt_worker.api import schemas
-from gpt_worker.api.access import caller
+from gpt_worker.api.access import caller, holder
 from gpt_worker.api.context import client_left, service
 from gpt_worker.domain import Caller
 from gpt_worker.errors import NotFound, Unavailable
@@ -60,7 +60,7 @@ def get_events(path: schemas.IdPath) -> Response:
     parts, who = service(), caller()
     parts.jobs.find(who, path.id)
     with ExitStack() as stack:
-        if not stack.enter_context(parts.places.hold()):
+        if not stack.enter_context(parts.places.hold(holder())):
             raise Unavailable("Too many requests are held open.", RETRY_AFTER_S)
         watch = stack.enter_context(parts.progress.watch(path.id))
         held = stack.pop_all()

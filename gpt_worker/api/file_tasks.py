@@ -10,7 +10,7 @@ from typing import Any
 
 from werkzeug.exceptions import BadRequest
 
-from gpt_worker.api.file_lines import FileLines, LineTooLong, at_line
+from gpt_worker.api.file_lines import FileLines, LineTooLong
 from gpt_worker.api.job_body import TASK_FORMS, TaskReader, check_id
 from gpt_worker.api.parsing import not_utf8, parse_line
 from gpt_worker.api.seen_ids import SeenIds
@@ -20,6 +20,8 @@ from gpt_worker.gpt import template_parts
 
 DELIMITERS = ",;\t"  # when a header has as many of one as of another, the first counts
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
+
+SHAPES = frozenset(names for form in TASK_FORMS for names in ((form,), ("id", form), (form, "id")))
 
 Row = tuple[int, dict[str, Any]]
 """A line's number, and what it says: an "id" if it has one, and one of TASK_FORMS."""
@@ -55,19 +57,15 @@ def csv_tasks(
 
 def _tasks(rows: Iterator[Row], settings: JobSettings, max_tasks: int) -> Iterator[NewTask]:
     reader = TaskReader(settings)
-    seen = SeenIds()
+    is_new = SeenIds().add
     index = -1
     for index, (line, said) in enumerate(rows):
         if index == max_tasks:
             raise TooLarge(f"a job may have at most {max_tasks} tasks (MAX_TASKS)")
-        try:
-            id_ = check_id(said.pop("id"), ("line", line, "id")) if "id" in said else str(index)
-            if not seen.add(id_):
-                raise Invalid.at(f"the id {id_!r} is given twice", "line", line, "id")
-            task = reader.read(said, id_, ("line", line))
-        except Invalid as error:
-            raise at_line(line, error) from error
-        yield task
+        id_ = check_id(said.pop("id"), ("line", line, "id")) if "id" in said else str(index)
+        if not is_new(id_):
+            raise Invalid.at(f"the id {id_!r} is given twice", "line", line, "id")
+        yield reader.read(said, id_, ("line", line))
     if index < 0:
         raise Invalid.at("the file needs at least one task", "file")
 
@@ -78,17 +76,16 @@ def _tasks(rows: Iterator[Row], settings: JobSettings, max_tasks: int) -> Iterat
 def _jsonl_rows(lines: FileLines) -> Iterator[Row]:
     while (raw := lines.next(skip_blank=True)) is not None:
         line = lines.number
-        try:
-            said = parse_line(raw, line)
-            _check_members(said, line)
-        except Invalid as error:
-            raise at_line(line, error) from error
+        said = parse_line(raw, line)
+        _check_members(said, line)
         yield line, said
 
 
 def _check_members(said: Any, line: int) -> None:
     if not isinstance(said, dict):
         raise Invalid.at('must be an object such as {"text": "…"}', "line", line)
+    if tuple(said) in SHAPES:
+        return
     for name in said:
         if name not in TASK_FORMS and name != "id":
             raise Invalid.at("is not known here", "line", line, name)
@@ -110,15 +107,12 @@ def _csv_rows(lines: FileLines, settings: JobSettings, max_row_bytes: int) -> It
     header: list[str] | None = None
     while (cells := _next_row(rows, feed)) is not None:
         line = feed.first_line
-        try:
-            if header is None:
-                header = [name.strip() for name in cells]
-                _check_header(header, settings, line)
-                continue
-            if len(cells) != len(header):
-                raise Invalid.at(f"has {len(cells)} cells, and the header has {len(header)}", "line", line)
-        except Invalid as error:
-            raise at_line(line, error) from error
+        if header is None:
+            header = [name.strip() for name in cells]
+            _check_header(header, settings, line)
+            continue
+        if len(cells) != len(header):
+            raise Invalid.at(f"has {len(cells)} cells, and the header has {len(header)}", "line", line)
         values = dict(zip(header, cells, strict=True))
         said: dict[str, Any] = {"text": values["text"]} if settings.template is None else {"vars": values}
         if "id" in values:

@@ -1,6 +1,7 @@
 """Is it alive, and can it work?"""
 
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 from flask import Response
@@ -14,6 +15,7 @@ from gpt_worker.api import schemas
 from gpt_worker.api.context import service
 from gpt_worker.errors import Unavailable
 from gpt_worker.jobs import MIN_FREE_BYTES
+from gpt_worker.lanes import Lane
 from gpt_worker.ownership import is_still_owner
 
 Json = dict[str, Any]
@@ -70,8 +72,15 @@ def readyz() -> Json | Response:
         raise Unavailable(reason, 5)
     degraded: list[str] = []
     if parts.dispatcher.usable_lanes(parts.model_name) == 0:
-        degraded.append("no usable key")
+        degraded.append(parts.dispatcher.inspect(_why_no_key))
+    if parts.result_files.trouble is not None:
+        degraded.append(f"drive: {parts.result_files.trouble}")
     return {"status": "ready", "degraded": degraded}
+
+
+def _why_no_key(lanes: Sequence[Lane], _now_s: float) -> str:
+    """Why none is usable: the embedded model's own sentence, such as that it is starting, says more."""
+    return next((lane.down for lane in lanes if lane.down), "no usable key")
 
 
 def _not_ready() -> str | None:
@@ -84,7 +93,9 @@ def _not_ready() -> str | None:
         with parts.database.read() as session:
             session.execute(text("SELECT name FROM modes"))  # SQLite reads no page for less
     except SQLAlchemyError:
-        return "The database can't be used."
+        return parts.database.trouble or "The database can't be used."
+    if parts.database.trouble is not None:
+        return parts.database.trouble
     if not is_still_owner(parts.settings.data_dir):
         return "DATA_DIR is not this service's own any more: its lock file is gone, or another's."
     if not parts.recorder.healthy:

@@ -86,6 +86,7 @@ def job_settings(body: JobSettingsBody, *loc: str) -> JobSettings:
         "template": body.template,
         "max_output_tokens": body.max_output_tokens,
         "response_format": form.model_dump() if form else None,
+        "pack": body.pack,
         "priority": body.priority,
         "deadline_s": body.deadline_s,
         "max_total_tokens": body.max_total_tokens,
@@ -143,6 +144,7 @@ class TaskReader:
     """Checks the tasks of one job against its settings, and estimates their prompts."""
 
     def __init__(self, settings: JobSettings) -> None:
+        self._pack = settings.pack
         self._variables: frozenset[str] | None = None
         template_tokens = 0
         if settings.template is not None:
@@ -151,9 +153,13 @@ class TaskReader:
             template_tokens = estimate_tokens("".join(literal for literal, _ in parts))
         self._template_tokens = template_tokens
         self._instructions_tokens = estimate_tokens(settings.instructions) if settings.instructions else 0
+        self._plain_tokens = estimate_prompt([], template_tokens, self._instructions_tokens)
 
     def read(self, value: Any, id_: str, loc: tuple[str | int, ...]) -> NewTask:
         """The task; Invalid at `loc` for anything that is none."""
+        text = value.get("text") if isinstance(value, dict) and len(value) == 1 else value
+        if isinstance(text, str) and text and self._variables is None:  # by far the most: the short way
+            return NewTask(id_, text, self._plain_tokens + estimate_tokens(text))
         prompt = self._prompt(value, loc)
         template_tokens = 0 if isinstance(prompt, list) else self._template_tokens
         return NewTask(id_, prompt, estimate_prompt(prompt, template_tokens, self._instructions_tokens))
@@ -166,6 +172,8 @@ class TaskReader:
                 raise Invalid.at('a task is a text, or {"messages": […]}, or {"vars": {…}}', *where)
             form, value = next(iter(value.items()))
             if form == "messages":
+                if self._pack:
+                    raise Invalid.at("messages can't be packed: leave out the setting pack", *loc, form)
                 return _messages(value, (*loc, form))
             if form == "vars":
                 return self._vars(value, (*loc, form))

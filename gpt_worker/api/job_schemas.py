@@ -1,5 +1,6 @@
 """The shapes of jobs on the wire, for validation and for the documentation."""
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -22,6 +23,14 @@ from gpt_worker.domain import DeliveryMode, ErrorCode
 MAX_DEADLINE_S = 90 * 86_400
 StatusName = Literal["queued", "running", "succeeded", "partial", "failed", "cancelled"]
 OLD_NAMES = {"gpt_type": "model", "maxTokenCount": "max_chunk_tokens"}
+FOREIGN_NAMES = {  # of the same things elsewhere; by their letters they are near to none, or to another setting
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "system": "instructions",
+    "system_prompt": "instructions",
+    "prompt": "template",
+}
+LEAST_LIKENESS = 0.75
 
 Model = Annotated[str, Field(min_length=1, max_length=MAX_MODEL_LENGTH, pattern=MODEL_PATTERN)]
 ChunkTokens = Annotated[int, Field(ge=1, le=1_000_000_000)]
@@ -60,7 +69,9 @@ class JobSettingsBody(Body):
     max_output_tokens: int | None = Field(None, ge=1, le=1_000_000_000, description="The most of one answer")
     response_format: ResponseFormat | None = Field(None, description="OpenAI's form; the answer stays a text")
     pack: bool | None = Field(
-        None, description="Several tasks a request; not supported yet, only false is taken"
+        None,
+        description="Several short tasks a request (false): the instructions are sent once for all of them, and the "
+        "usage is shared out. Not with messages or response_format",
     )
     priority: int | None = Field(None, ge=-100, le=100, description="Among one's own jobs; higher goes first")
     deadline_s: float | None = Field(
@@ -75,16 +86,24 @@ class JobSettingsBody(Body):
     delivery: DeliveryMode | None = Field(None, strict=False, description="For this job only")
 
     @model_validator(mode="after")
-    def _one_name_each(self) -> "JobSettingsBody":
+    def _go_together(self) -> "JobSettingsBody":
         for old, new in OLD_NAMES.items():
             before, now = getattr(self, old), getattr(self, new)
             if before is not None and now is not None and before != now:
                 raise PydanticCustomError("twice", f"{old} is the old name of {new}: set one of them")
-        if self.pack:
+        if self.pack and self.response_format is not None:
             raise PydanticCustomError(
-                "unsupported", "pack is not supported yet: leave it out, or set it to false"
+                "apart", "pack has a response_format of its own: set one of pack and response_format"
             )
         return self
+
+
+def meant_setting(name: str) -> str | None:
+    """The setting that somebody may have meant who wrote this one, which there is not."""
+    if name in FOREIGN_NAMES:
+        return FOREIGN_NAMES[name]
+    near = get_close_matches(name[:MAX_MODEL_LENGTH], JobSettingsBody.model_fields, 1, LEAST_LIKENESS)
+    return near[0] if near else None
 
 
 class ChatMessage(Reply):
@@ -255,7 +274,7 @@ class DryRunReply(Reply):
 
     dry_run: bool = Field(description="Always true", examples=[True])
     tasks: int = Field(examples=[2])
-    chunks: int = Field(description="Slices that are handed to threads", examples=[1])
+    chunks: int = Field(description="Slices that are handed to threads; with `pack`, requests", examples=[1])
     estimated_prompt_tokens: int = Field(examples=[31])
     estimated_seconds: float | None = Field(description="null while no limit is known yet", examples=[1.5])
 

@@ -3,8 +3,11 @@
 import hashlib
 import math
 import re
+import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from flask import Response, request, stream_with_context
@@ -14,14 +17,16 @@ from flask_openapi3.models.tag import Tag
 from gpt_worker import rendering
 from gpt_worker.api import examples, schemas
 from gpt_worker.api import job_schemas as shapes
-from gpt_worker.api.access import by_link, caller
+from gpt_worker.api.access import by_link, caller, holder, token_id
 from gpt_worker.api.context import client_left, service
 from gpt_worker.api.upload_query import UploadQuery
 from gpt_worker.api.uploads import Received, receive
 from gpt_worker.domain import DeliveryMode, JobStatus, utc_now
 from gpt_worker.errors import Forbidden, Invalid, Unavailable
-from gpt_worker.jobs import Idempotency, JobRequest
+from gpt_worker.jobs import Idempotency, JobRequest, StillAdmitted
 from gpt_worker.models import JobRow
+from gpt_worker.packing import plan
+from gpt_worker.result_files import StoredResults
 from gpt_worker.signing import link_is_valid
 from gpt_worker.splitting import chunk_limit, split
 
@@ -29,6 +34,7 @@ Json = dict[str, Any]
 Answer = tuple[Json, int, dict[str, str]]
 
 MAX_KEY_LENGTH = 255
+UNPACK_BYTES = 256 << 10
 RESULT_FORMS: dict[str, tuple[str, Callable[..., Iterator[bytes]]]] = {
     "json": ("application/json", rendering.results_json),
     "jsonl": ("application/jsonl", rendering.results_jsonl),
@@ -56,7 +62,7 @@ SUBMIT: Json = {
         202: schemas.answer(
             "The job, not finished yet, without results", shapes.JobReply, "Location", "Idempotency-Replayed"
         ),
-        **schemas.problems(409, 507, *schemas.BODY_PROBLEMS),
+        **schemas.problems(409, 429, 507, *schemas.BODY_PROBLEMS),
     },
     "openapi_extensions": {
         "requestBody": {
@@ -114,11 +120,15 @@ def submit_task(query: UploadQuery) -> Json | Answer:
 def _submit(query: UploadQuery) -> Json | Answer:
     dry_run = query.dry_run == "true"
     key = None if dry_run else _idempotency_key()
+    if not dry_run:
+        service().jobs.check_limits(caller(), None if key is None else _sha256(key))
     with receive(query, hashed=key is not None) as received:
         if dry_run:
             return _dry_run(received.job)
         prefer = _prefer()
-        submitted = service().jobs.submit(caller(), received.job, _idempotency(key, received))
+        submitted = service().jobs.submit(
+            caller(), received.job, _idempotency(key, received), _still_admitted()
+        )
     return _wait_for(submitted.job_id, prefer, submitted.replayed)
 
 
@@ -138,7 +148,7 @@ def list_jobs(query: shapes.JobsQuery) -> Json:
     )
     page = jobs[: query.limit]
     return {
-        "data": [_render(job, with_results=False) for job in page],
+        "data": _render_list(page),
         "next_cursor": page[-1].id if len(jobs) > query.limit else None,
     }
 
@@ -156,7 +166,10 @@ def get_job(path: schemas.IdPath, query: shapes.JobQuery) -> Json:
 @api.get(
     "/jobs/<id>/results",
     summary="A job's results",
-    description="Streamed in the order of `data`, also while the job runs; jsonl and csv give what is decided so far.",
+    description=(
+        "Streamed in the order of `data`, also while the job runs; jsonl and csv give what is decided so far. "
+        "The jsonl of a finished job comes packed to a client that accepts gzip."
+    ),
     responses={
         200: schemas.content(
             "The results in the form that was asked for",
@@ -184,14 +197,43 @@ def get_results(path: schemas.IdPath, query: shapes.ResultsQuery) -> Response:
     else:
         job = parts.jobs.find(caller(), path.id)
     mimetype, render = RESULT_FORMS[query.format]
-    place = parts.places.hold()
-    if not place.__enter__():
-        raise Unavailable("Too many downloads at once.", 5)
-    reply = Response(stream_with_context(render(parts.database, job.id)), content_type=mimetype)
-    reply.call_on_close(lambda: place.__exit__(None, None, None))
+    with ExitStack() as until_sent:
+        if not until_sent.enter_context(parts.places.hold(holder())):
+            raise Unavailable("Too many downloads at once.", 5)
+        stored = parts.result_files.find(job) if query.format == "jsonl" else None
+        if stored is not None:
+            reply = _from_file(stored, mimetype)
+        else:
+            reply = Response(stream_with_context(render(parts.database, job.id)), content_type=mimetype)
+        reply.call_on_close(until_sent.pop_all().close)
     if query.format == "csv":
         reply.headers["Content-Disposition"] = f'attachment; filename="{job.id}.csv"'
     return reply
+
+
+def _from_file(stored: StoredResults, mimetype: str) -> Response:
+    """The file as it is, to a client that takes gzip, else unpacked on the way."""
+    if request.accept_encodings.quality("gzip") > 0:
+        reply = Response(stored.pieces, content_type=mimetype)
+        reply.headers["Content-Encoding"] = "gzip"
+        reply.content_length = stored.size_bytes
+    else:
+        reply = Response(_unpacked(stored.pieces), content_type=mimetype)
+    reply.vary.add("Accept-Encoding")
+    return reply
+
+
+def _unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """What is in a gzip file, in pieces of a bounded size. Raises zlib.error for a damaged one."""
+    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+    for piece in pieces:
+        while piece:
+            unpacked = unpacker.decompress(piece, UNPACK_BYTES)
+            if unpacked:
+                yield unpacked
+            piece = unpacker.unconsumed_tail
+    if not unpacker.eof:
+        raise zlib.error("the file ends too early")
 
 
 @api.delete(
@@ -221,7 +263,7 @@ def cancel_job(path: schemas.IdPath, query: shapes.PurgeQuery) -> Json | Respons
     responses={
         200: schemas.answer("The job, unchanged: there is nothing to retry", shapes.JobReply),
         202: schemas.answer("The job in its next run, without results", shapes.JobReply, "Location"),
-        **schemas.problems(409, 507, *schemas.BODY_PROBLEMS),
+        **schemas.problems(409, 429, 507, *schemas.BODY_PROBLEMS),
     },
     openapi_extensions={
         "requestBody": {
@@ -235,17 +277,27 @@ def retry_job(path: schemas.IdPath) -> Json | Answer:
     has_body = bool(request.content_length or request.headers.get("Transfer-Encoding"))
     body = shapes.RetryBody.model_validate(request.get_json() if has_body else {})
     jobs = service().jobs
-    if not jobs.retry(caller(), path.id, body.codes):
+    if not jobs.retry(caller(), path.id, body.codes, _still_admitted()):
         return _render(jobs.find(caller(), path.id), with_results=True)
     return _accepted(jobs.find(caller(), path.id))
 
 
 def _render(job: JobRow, *, with_results: bool) -> Json:
-    parts = service()
-    waiting = parts.dispatcher.waiting(job.id) if job.finished_at is None else None
-    shown = {"reason": waiting.reason, "until": rendering.render_time(waiting.until)} if waiting else None
-    with parts.database.read() as session:
-        return rendering.render_job(session, job, with_results=with_results, waiting=shown)
+    waiting = _waiting(job)
+    with service().database.read() as session:
+        return rendering.render_job(session, job, with_results=with_results, waiting=waiting)
+
+
+def _render_list(jobs: Sequence[JobRow]) -> list[Json]:
+    waiting = {job.id: _waiting(job) for job in jobs}
+    with service().database.read() as session:
+        return rendering.render_list(session, jobs, waiting)
+
+
+def _waiting(job: JobRow) -> Json | None:
+    """Why nothing of an unfinished job moves."""
+    waiting = service().dispatcher.waiting(job.id) if job.finished_at is None else None
+    return {"reason": waiting.reason, "until": rendering.render_time(waiting.until)} if waiting else None
 
 
 def _accepted(job: JobRow) -> Answer:
@@ -258,12 +310,17 @@ def _wait_for(job_id: str, wait_s: float | None, replayed: bool) -> Answer:
     extra = {"Idempotency-Replayed": "true"} if replayed else {}
     job = _own(job_id)
     if job.delivery == DeliveryMode.INLINE and wait_s is not None:
-        with parts.places.hold() as held:
+        with parts.places.hold(holder()) as held:
             if held and parts.jobs.wait(job_id, wait_s, client_left()):
                 return _render(_own(job_id), with_results=True), 200, extra
         job = _own(job_id)
     reply, status, headers = _accepted(job)
     return reply, status, {**headers, **extra}
+
+
+def _still_admitted() -> StillAdmitted:
+    """Whether this request would still be let in: who sends a body may have lost their token since it began."""
+    return partial(service().accounts.admit_again, None if caller().user_id is None else token_id())
 
 
 def _own(job_id: str) -> JobRow:
@@ -304,12 +361,19 @@ def _sha256(text: str) -> str:
 def _dry_run(asked: JobRequest) -> Json:
     dispatcher = service().dispatcher
     tokens = array("Q", (task.tokens for task in asked.tasks))
-    limit = chunk_limit(len(tokens), dispatcher.threads)
-    seconds = dispatcher.estimate_s(asked.model, len(tokens), sum(tokens))
+    requests, prompt_tokens = len(tokens), sum(tokens)
+    if asked.settings.pack:
+        packs = array("Q", plan(tokens, asked.settings))
+        requests = chunks = len(packs)
+        prompt_tokens = sum(packs)
+    else:
+        limit = chunk_limit(len(tokens), dispatcher.threads)
+        chunks = sum(1 for _ in split(tokens, asked.settings.max_chunk_tokens, limit))
+    seconds = dispatcher.estimate_s(asked.model, requests, prompt_tokens)
     return {
         "dry_run": True,
         "tasks": len(tokens),
-        "chunks": sum(1 for _ in split(tokens, asked.settings.max_chunk_tokens, limit)),
-        "estimated_prompt_tokens": sum(tokens),
+        "chunks": chunks,
+        "estimated_prompt_tokens": prompt_tokens,
         "estimated_seconds": None if seconds is None or math.isinf(seconds) else round(seconds, 1),
     }

@@ -8,11 +8,16 @@ from flask_openapi3.models.tag import Tag
 from pydantic import BaseModel, Field
 
 from gpt_worker.api import schemas
-from gpt_worker.api.context import service
+from gpt_worker.api.access import holder
+from gpt_worker.api.context import client_left, service
+from gpt_worker.errors import Unavailable
 from gpt_worker.keys import KeyReport
 from gpt_worker.rendering import render_time
+from gpt_worker.transport import CallLeft, leaving_when
 
 Json = dict[str, Any]
+
+RETRY_AFTER_S = 5
 
 api = APIBlueprint(
     "keys", __name__, abp_tags=[Tag(name="keys", description="The API keys and how they fare")]
@@ -84,7 +89,16 @@ def list_keys() -> Json:
 )
 def check_key(path: KeyPath) -> Json:
     """Try a key."""
-    return _render(service().keys.check(path.number))
+    parts, left = service(), client_left()
+    with parts.places.hold(holder()) as held:
+        if not held:
+            raise Unavailable("Too many requests are held open.", RETRY_AFTER_S)
+        try:
+            with leaving_when(lambda: parts.stopping or left()):
+                return _render(parts.keys.check(path.number))
+        except CallLeft as error:
+            why = "The service is stopping." if parts.stopping else "The client did not wait for the check."
+            raise Unavailable(why, RETRY_AFTER_S) from error
 
 
 def _render(report: KeyReport) -> Json:

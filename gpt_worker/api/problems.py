@@ -17,10 +17,14 @@ from http import HTTPStatus
 from flask import Flask, Response, g, request
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
+from gpt_worker.api.context import service
+from gpt_worker.api.job_schemas import meant_setting
+from gpt_worker.api.upload_query import UploadQuery
+from gpt_worker.db import DatabaseUnusable, error_code, trouble_of
 from gpt_worker.domain import new_id
 from gpt_worker.errors import (
     Conflict,
@@ -42,6 +46,9 @@ MIMETYPE = "application/problem+json"
 DATABASE_RETRY_AFTER_S = 5
 MAX_ERRORS = 100
 MAX_NAME_LENGTH = 200
+FOR_BROWSERS = (
+    "This is gpt-worker; see /docs for what it does. This address itself takes signed webhooks, by POST."
+)
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 STATUSES: dict[type[GptWorkerError], tuple[HTTPStatus, str]] = {
@@ -71,8 +78,8 @@ def install(app: Flask) -> None:
     app.register_error_handler(GptWorkerError, _refused)
     app.register_error_handler(HTTPException, _http_problem)
     app.register_error_handler(ValidationError, validation_problem)
-    app.register_error_handler(OperationalError, _database_problem)
-    app.register_error_handler(PoolTimeout, _database_problem)
+    for kind in (DatabaseError, DatabaseUnusable, PoolTimeout):
+        app.register_error_handler(kind, _database_problem)
     app.register_error_handler(OSError, _system_problem)
     app.register_error_handler(Exception, _bug)
     app.after_request(_name_request)
@@ -116,12 +123,24 @@ def validation_problem(error: ValidationError) -> Response:
     """422 for input that does not fit its schema; also flask-openapi3's `validation_error_callback`."""
     details = error.errors(include_url=False, include_context=False, include_input=False)
     return _refused(
-        Invalid(*(FieldError(detail["loc"], _message(detail)) for detail in details[:MAX_ERRORS]))
+        Invalid(
+            *(FieldError(detail["loc"], _message(detail, error.title)) for detail in details[:MAX_ERRORS])
+        )
     )
 
 
-def _message(detail: ErrorDetails) -> str:
-    return SILENT_MESSAGES.get(detail["type"], detail["msg"])
+def _message(detail: ErrorDetails, schema: str) -> str:
+    message = SILENT_MESSAGES.get(detail["type"], detail["msg"])
+    if detail["type"] != "extra_forbidden":
+        return message
+    match detail["loc"]:
+        case ("settings", str(name)):
+            meant = meant_setting(name)
+        case (str(name),) if schema == UploadQuery.__name__:
+            meant = meant_setting(name)
+        case _:
+            meant = None
+    return f"{message}: did you mean {meant}?" if meant else message
 
 
 def _refused(error: GptWorkerError) -> Response:
@@ -148,24 +167,38 @@ def _short(part: str | int) -> str | int:
 
 def _http_problem(error: HTTPException) -> Response:
     status = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
-    reply = problem(status, error.description or HTTPStatus(status).phrase)
+    detail = error.description or HTTPStatus(status).phrase
+    if isinstance(error, MethodNotAllowed) and (request.method, request.path) == ("GET", "/"):
+        detail = FOR_BROWSERS
+    reply = problem(status, detail)
     for name, value in error.get_headers(request.environ):
         if name.lower() not in ("content-type", "www-authenticate"):
             reply.headers[name] = value  # Allow of a 405, for one
     return reply
 
 
-def _database_problem(error: OperationalError | PoolTimeout) -> Response:
-    code = getattr(getattr(error, "orig", None), "sqlite_errorcode", 0)
-    if code & 0xFF == sqlite3.SQLITE_FULL:
+def _database_problem(error: DatabaseError | DatabaseUnusable | PoolTimeout) -> Response:
+    if error_code(error) == sqlite3.SQLITE_FULL:
         return _refused(DiskLow("The disk is full."))
-    logger.error("The database failed.", exc_info=error, extra={"action": "database_failed"})
+    trouble = trouble_of(error)
+    if trouble is None and not isinstance(error, OperationalError):
+        return _bug(error)
+    logger.error(
+        "The database failed%s",
+        f": {trouble}" if trouble else ".",
+        exc_info=None if trouble else error,  # trouble lasts, and fails every request alike
+        extra={"action": "database_failed"},
+    )
     return _refused(Unavailable("The database can't be used now.", DATABASE_RETRY_AFTER_S))
 
 
 def _system_problem(error: OSError) -> Response:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _refused(DiskLow("The disk is full."))
+    data_dir = service().settings.data_dir
+    if not data_dir.is_dir():
+        logger.error("DATA_DIR %s is not there.", data_dir, extra={"action": "data_dir_gone"})
+        return _refused(Unavailable("The service's files can't be used now.", DATABASE_RETRY_AFTER_S))
     return _bug(error)
 
 

@@ -78,7 +78,7 @@ PROBLEM_DESCRIPTIONS = {
     413: "Over a limit, which the detail names",
     415: "Not a content type that is taken; the detail says which header to send",
     422: "The input breaks a rule; see `errors`",
-    429: "Too often; come back after `Retry-After` seconds",
+    429: "Too often, or too much at once: the detail names the limit; come back after `Retry-After` seconds",
     500: "A bug; the log knows more under the request's id",
     503: "Not now; come back after `Retry-After` seconds",
     507: "The disk is low",

@@ -1,7 +1,9 @@
 """A submit in any of its forms: JSON, a file of tasks with the settings in the query, or a form with both.
 
 The tasks of a file are read from the socket while they are stored: the request that comes out carries an iterator.
-Only a form, and a file with an Idempotency-Key, whose hash is known at its end, go through a temporary file first.
+Only a form, and a file with an Idempotency-Key, whose hash is known at its end, go through a temporary file first, and
+so does large JSON, which takes thirty times its size in memory: it waits there until it is its turn to be parsed, and
+has it until it is stored.
 """
 
 import hashlib
@@ -10,23 +12,25 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from flask import request
 from werkzeug.exceptions import UnsupportedMediaType
 from werkzeug.http import parse_options_header
 
+from gpt_worker.api.access import holder
 from gpt_worker.api.context import service
 from gpt_worker.api.file_tasks import csv_tasks, jsonl_tasks
 from gpt_worker.api.form_parts import FILE_PART, Part, read_form
 from gpt_worker.api.job_body import job_without_tasks, read_job, read_metadata, read_settings
 from gpt_worker.api.job_schemas import JobSettingsBody
-from gpt_worker.api.parsing import parse_body, parse_json
+from gpt_worker.api.parsing import ONE_AT_A_TIME_BYTES, StrictRequest, parse_json, parse_object
 from gpt_worker.api.unpacking import bounded, file_pieces, gunzip, sent_pieces, too_large
 from gpt_worker.api.upload_query import UploadQuery
 from gpt_worker.domain import DeliveryMode, JobSettings, NewTask
 from gpt_worker.errors import FieldError, Invalid, Unavailable
 from gpt_worker.jobs import JobRequest
+from gpt_worker.places import SMALL_BODY_BYTES, Turns
 
 Json = dict[str, Any]
 ReadTasks = Callable[[Iterable[bytes], JobSettings, int, int], Iterator[NewTask]]
@@ -46,6 +50,11 @@ FILE_NAMES: dict[str, ReadTasks] = {
 }
 TAKEN = ", ".join((JSON, *FILES, FORM))
 RETRY_AFTER_S = 5
+MAX_MIDDLING = 8
+TURN_WAIT_S = 20.0
+
+# Of the whole process, as its memory is: 15 MiB of JSON may take 450 MB until they are stored, and 1 MiB 40 MB.
+_large_json, _middling_json = Turns(), Turns(MAX_MIDDLING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,25 +71,30 @@ def receive(query: UploadQuery, *, hashed: bool) -> Iterator[Received]:
 
     Raises:
         UnsupportedMediaType: a body that nobody here reads.
-        Unavailable: too many uploads at once, or the service stops.
+        Unavailable: too many uploads or too much large JSON at once, or the service stops.
         BadRequest, Invalid, TooLarge, pydantic.ValidationError: naming what is wrong, also while tasks are read.
     """
     _refuse_repeated()
     kind = request.mimetype
     if kind == JSON:
-        yield _from_json(query, hashed=hashed)
+        with ExitStack() as held:
+            yield _from_json(query, held, hashed=hashed)
         return
     read_tasks = FILES.get(kind)
     if read_tasks is None and kind != FORM:
         raise UnsupportedMediaType(f"Send the header Content-Type: {TAKEN}.")
     _check_charset(request.mimetype_params)
     with ExitStack() as held:
-        if not held.enter_context(service().places.hold()):
-            raise Unavailable("Too many uploads at once.", RETRY_AFTER_S)
+        _hold_place(held)
         if read_tasks is None:
             yield _from_form(query, held)
         else:
             yield _from_file(query, read_tasks, held, hashed=hashed)
+
+
+def _hold_place(held: ExitStack) -> None:
+    if not held.enter_context(service().places.hold(holder())):
+        raise Unavailable("Too many uploads at once.", RETRY_AFTER_S)
 
 
 def _refuse_repeated() -> None:
@@ -108,19 +122,84 @@ def _defaults() -> tuple[DeliveryMode, str | None]:
 # JSON
 
 
-def _from_json(query: UploadQuery, *, hashed: bool) -> Received:
+def _from_json(query: UploadQuery, held: ExitStack, *, hashed: bool) -> Received:
     _refuse_settings(query, "the body")
-    body = _unpacked_json() if _is_gzip(request.headers.get("Content-Encoding")) else request.get_json()
+    body = _json_body(held)
+    said = _said(body) if hashed else None
+    if "data" in body:
+        body["data"] = _drained(body["data"])  # and of what it was before nothing is kept
     job = read_job(body, service().settings, *_defaults())
-    return Received(job, _said(body) if hashed else None)
+    return Received(replace(job, tasks=_Drained(job.tasks)), said)
 
 
-def _unpacked_json() -> Json:
-    _check_charset(request.mimetype_params)
-    max_bytes = service().settings.max_json_bytes
-    return parse_body(
-        b"".join(bounded(gunzip(_sent(max_bytes, "MAX_JSON_BYTES")), max_bytes, "MAX_JSON_BYTES"))
-    )
+def _json_body(held: ExitStack) -> Json:
+    """The body, parsed when it is its turn; what of it may be slow to come holds a place meanwhile."""
+    settings = service().settings
+    if _is_gzip(request.headers.get("Content-Encoding")):
+        _check_charset(request.mimetype_params)
+        sent = _sent(settings.max_json_bytes, "MAX_JSON_BYTES")
+        pieces = bounded(gunzip(sent), settings.max_json_bytes, "MAX_JSON_BYTES")
+    else:
+        pieces = cast(StrictRequest, request).json_pieces(settings.max_json_bytes)
+    if not _has_come():
+        _hold_place(held)
+    with tempfile.SpooledTemporaryFile(ONE_AT_A_TIME_BYTES, dir=str(settings.data_dir)) as file:
+        for piece in pieces:
+            file.write(piece)
+        _take_turn(file.tell(), held)
+        file.seek(0)
+        raw = file.read()
+    return parse_object(raw)
+
+
+def _has_come() -> bool:
+    """Whether the server had the whole body before it began this request."""
+    length = request.content_length
+    return length is not None and length <= SMALL_BODY_BYTES and "Expect" not in request.headers
+
+
+def _take_turn(size_bytes: int, held: ExitStack) -> None:
+    if size_bytes <= SMALL_BODY_BYTES:
+        return
+    turns = _large_json if size_bytes > ONE_AT_A_TIME_BYTES else _middling_json
+    if not held.enter_context(turns.hold(holder(), TURN_WAIT_S)):
+        raise Unavailable("Too much large JSON at once; JSONL need not wait.", RETRY_AFTER_S)
+
+
+class _Drained:
+    """Hands out each task once and keeps it no longer: so what is stored takes no memory beside what is not yet."""
+
+    def __init__(self, tasks: Iterable[NewTask]) -> None:
+        self._left = [*tasks]
+        self._count = len(self._left)
+        self._left.reverse()
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[NewTask]:
+        while self._left:
+            yield self._left.pop()
+
+
+class _DrainedList(list[Any]):
+    """The same, of what a job's `data` says."""
+
+    def __iter__(self) -> Iterator[Any]:
+        self.reverse()
+        while self:
+            yield self.pop()
+
+
+class _DrainedDict(dict[str, Any]):
+    def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
+        return ((name, self.pop(name)) for name in [*self])
+
+
+def _drained(data: Any) -> Any:
+    if isinstance(data, dict):
+        return _DrainedDict(data)
+    return _DrainedList(data) if isinstance(data, list) else data
 
 
 # Files

@@ -1,6 +1,7 @@
 """Follows a job to its end: by the server's events, or by asking again and again where there are none.
 
-Restarts and broken connections only interrupt it; it gives up when the server has been away for PATIENCE_S.
+Restarts and broken connections only interrupt it; it gives up when the server has been away for PATIENCE_S, or has
+never been there for FIRST_PATIENCE_S.
 """
 
 import json
@@ -9,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gpt_worker.client.errors import Busy, ClientError, Passing
+from gpt_worker.client.errors import Busy, ClientError, Passing, Unreachable
 from gpt_worker.client.patience import OnWait, Patience
 from gpt_worker.client.server import Json, Server, job_path
 
 FINISHED = {"succeeded", "partial", "failed", "cancelled"}
 PATIENCE_S = 600.0
+FIRST_PATIENCE_S = 30.0
 POLL_S = 1.0
 FIRST_POLL_S = 0.1
 EVENTS_TIMEOUT_S = 40.0  # a heartbeat comes every 15 s
@@ -79,6 +81,8 @@ class RateMeter:
 
 def follow(server: Server, job_id: str, on_wait: OnWait) -> Iterator[Progress]:
     """The job's progress until it is over. Raises a ClientError when it can't be followed any longer."""
+    if not server.has_answered:
+        _find(server, job_id, on_wait)
     patience = Patience(PATIENCE_S, on_wait)
     meter = RateMeter()
     events_at_s = 0.0
@@ -99,6 +103,28 @@ def follow(server: Server, job_id: str, on_wait: OnWait) -> Iterator[Progress]:
             continue
         time.sleep(poll_s)
         poll_s = min(POLL_S, poll_s * 1.5)
+
+
+def _find(server: Server, job_id: str, on_wait: OnWait) -> None:
+    """Returns when the server says something, be it that it is busy. Raises Unreachable after FIRST_PATIENCE_S."""
+    patience = Patience(FIRST_PATIENCE_S, on_wait)
+    patience.begin()
+    while not server.has_answered:
+        try:
+            server.job(job_id, timeout_s=FIRST_PATIENCE_S)
+        except Busy:
+            return
+        except Passing as error:
+            _knock_again(patience, error)
+
+
+def _knock_again(patience: Patience, error: Passing) -> None:
+    try:
+        patience.wait(error)
+    except Passing:
+        raise Unreachable(
+            f"{error}, and none has in {FIRST_PATIENCE_S:.0f} s: is the address right, and does it run?"
+        ) from error
 
 
 class _NoEvents(Exception):

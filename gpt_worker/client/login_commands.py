@@ -33,16 +33,26 @@ def login(url: str, email: str | None, password_stdin: bool) -> None:
         raise BadInput("there is no terminal to ask on: give --email and --password-stdin")
     email = email or click.prompt("Email", err=True)
     password = _read_password() if password_stdin else click.prompt("Password", hide_input=True, err=True)
-    reply = _log_in(server, email, password)
-    store(path, Credentials(url, reply, email))
+    token = _log_in(Server(Credentials(url, _earlier_token(path, url))), email, password)
+    store(path, Credentials(url, token, email))
     click.echo(f"Logged in at {url} as {email}.", err=True)
 
 
 def _last_url(path: Path) -> str:
-    with suppress(ClientError):
-        if stored := load(path):
-            return stored.url
-    return ""
+    stored = _stored(path)
+    return stored.url if stored else ""
+
+
+def _earlier_token(path: Path, url: str) -> str | None:
+    """The last token of this server, ended or not: with it, strangers who guess at the address lock nobody out here."""
+    stored = _stored(path)
+    return stored.token if stored and stored.url == url else None
+
+
+def _stored(path: Path) -> Credentials | None:
+    with suppress(ClientError):  # broken: a login mends it
+        return load(path)
+    return None
 
 
 def _read_password() -> str:

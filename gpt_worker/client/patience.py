@@ -47,6 +47,10 @@ class Patience:
         self._attempt = 0
         self._since_s: float | None = None
 
+    def begin(self) -> None:
+        """Have it run from now on, not from the first failure, which may be long in coming."""
+        self._since_s = time.monotonic()
+
     def wait(self, error: Passing) -> None:
         """Returns when it is time to try again; raises `error` when it is enough."""
         now_s = time.monotonic()

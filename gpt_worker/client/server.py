@@ -28,7 +28,6 @@ READ_TIMEOUT_S = 60.0
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
 JOB_MEMBERS = {"id", "status", "counts"}
 COUNTS = {"total", "answered", "failed"}
-BUSY = {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
 AWAY = {HTTPStatus.BAD_GATEWAY, HTTPStatus.GATEWAY_TIMEOUT}  # a proxy speaks for a server that is not there
 MAX_SHOWN = 2000
 
@@ -41,6 +40,7 @@ class Server:
 
     def __init__(self, credentials: Credentials) -> None:
         self.url = credentials.url
+        self.has_answered = False  # whatever it said, there is somebody
         self._token = credentials.token
         self._session = requests.Session()
 
@@ -70,6 +70,7 @@ class Server:
                 allow_redirects=False,
                 auth=self._authorize,
             )
+            self.has_answered = self.has_answered or reply.status_code not in AWAY
             if not reply.ok or reply.is_redirect:
                 raise refusal(self.url, reply, has_token=self._token is not None)
         return reply
@@ -78,9 +79,9 @@ class Server:
         """The JSON object of a 2xx reply."""
         return self._object(self.request(method, path, **options))
 
-    def job(self, job_id: str) -> Json:
+    def job(self, job_id: str, timeout_s: float = READ_TIMEOUT_S) -> Json:
         """The job as it stands, without its results."""
-        return self.as_job(self.ask("GET", f"{job_path(job_id)}?results=false"))
+        return self.as_job(self.ask("GET", f"{job_path(job_id)}?results=false", timeout_s=timeout_s))
 
     def as_job(self, value: Json) -> Json:
         """`value`, which must look like a job."""
@@ -154,7 +155,11 @@ def job_path(job_id: str) -> str:
 def refusal(url: str, reply: requests.Response, *, has_token: bool) -> ClientError:
     """The error that a reply without success stands for."""
     status, detail = reply.status_code, _detail(reply)
-    if status in BUSY:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        wait_s = retry_after_s(reply)
+        when = "now" if wait_s is None else f"the next {wait_s:.0f} s"
+        return Busy(f"refused for {when}: {detail or HTTPStatus(status).phrase}", wait_s)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return Busy(f"the server is busy: {detail or HTTPStatus(status).phrase}", retry_after_s(reply))
     if status in AWAY:
         return Broken(f"no gpt-worker answers at {url}: the proxy before it says {status}")

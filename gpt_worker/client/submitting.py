@@ -1,6 +1,7 @@
 """Hands a job to the server, once: every try carries the same idempotency key, so one that broke off is found again."""
 
 import uuid
+from contextlib import suppress
 
 from gpt_worker.client.bodies import Body
 from gpt_worker.client.errors import Busy, Conflict
@@ -14,7 +15,10 @@ STILL_STORED_RETRY_AFTER_S = 1.0
 
 def submit(server: Server, body: Body, on_wait: OnWait) -> Json:
     """The accepted job. Raises a ClientError, after PATIENCE_S for trouble that might have passed."""
-    server.listed("/jobs", {"limit": "1"})  # says at once that nobody is there, or that the token is no good
+    with suppress(
+        Busy
+    ):  # that is waited for below; nobody there, or a token that is no good, is told at once
+        server.listed("/jobs", {"limit": "1"})
     headers = {**body.headers, "Idempotency-Key": str(uuid.uuid4()), "Prefer": "respond-async"}
 
     def send() -> Json:

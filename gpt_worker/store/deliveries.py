@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import delete, exists, func, select, update
+from sqlalchemy import case, delete, exists, func, select, update
 from sqlalchemy.orm import Session, defer
 
 from gpt_worker.domain import HIDDEN, Caller, DeliveryStatus, new_id, utc_now
@@ -22,6 +22,7 @@ class Due:
 
     id: str
     due_at: datetime
+    url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +76,43 @@ def _new(owner_id: str | None, kind: str, url: str, status: DeliveryStatus, now:
     )
 
 
-def list_due(session: Session, *, now: datetime, besides: Collection[str], limit: int) -> list[Due]:
-    """Up to `limit` deliveries whose time has come, the longest waiting first, but for those `besides`."""
+def list_due(
+    session: Session,
+    *,
+    now: datetime,
+    besides: Collection[str],
+    besides_urls: Collection[str],
+    limit: int,
+) -> list[Due]:
+    """Up to `limit` deliveries whose time has come: first attempts before others, then the longest waiting first.
+
+    Those `besides` are left out, and those to `besides_urls`, however many they are.
+    """
     rows = session.execute(
-        select(DeliveryRow.id, DeliveryRow.next_attempt_at)
+        select(DeliveryRow.id, DeliveryRow.next_attempt_at, DeliveryRow.url)
         .where(
-            DeliveryRow.status.in_(OWED), DeliveryRow.next_attempt_at <= now, DeliveryRow.id.not_in(besides)
+            DeliveryRow.status.in_(OWED),
+            DeliveryRow.next_attempt_at <= now,
+            DeliveryRow.id.not_in(besides),
+            DeliveryRow.url.not_in(besides_urls),
         )
-        .order_by(DeliveryRow.next_attempt_at, DeliveryRow.id)
+        .order_by(
+            case((DeliveryRow.tries_left < TRIES, 1), else_=0), DeliveryRow.next_attempt_at, DeliveryRow.id
+        )
         .limit(limit)
     )
-    return [Due(id_, due_at) for id_, due_at in rows if due_at is not None]
+    return [Due(id_, due_at, url) for id_, due_at, url in rows if due_at is not None]
 
 
-def next_due_at(session: Session, *, besides: Collection[str]) -> datetime | None:
-    """When the first of the owed deliveries is due, but for those `besides`."""
+def next_due_at(
+    session: Session, *, besides: Collection[str], besides_urls: Collection[str]
+) -> datetime | None:
+    """When the first of the owed deliveries is due, but for those `besides` and those to `besides_urls`."""
     return session.scalar(
         select(func.min(DeliveryRow.next_attempt_at)).where(
-            DeliveryRow.status.in_(OWED), DeliveryRow.id.not_in(besides)
+            DeliveryRow.status.in_(OWED),
+            DeliveryRow.id.not_in(besides),
+            DeliveryRow.url.not_in(besides_urls),
         )
     )
 
@@ -142,12 +162,22 @@ def list_deliveries(
 
 
 def unfrozen_of_job(session: Session, job_id: str) -> Sequence[DeliveryRow]:
-    """The job's deliveries that have no body yet; a new run may only begin when there is none."""
+    """The job's deliveries that have no body yet."""
     return session.scalars(
         select(DeliveryRow).where(
             DeliveryRow.job_id == job_id, DeliveryRow.status == DeliveryStatus.PREPARING
         )
     ).all()
+
+
+def has_unfrozen(session: Session, job: JobRow) -> bool:
+    """Whether the webhook of the job's latest run has no body yet; a new run may only begin when it has."""
+    owed = exists().where(
+        DeliveryRow.job_id == job.id,
+        DeliveryRow.run == job.run,
+        DeliveryRow.status == DeliveryStatus.PREPARING,
+    )
+    return bool(session.scalar(select(owed)))
 
 
 _AS_IT_WAS = exists().where(

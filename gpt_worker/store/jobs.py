@@ -1,15 +1,39 @@
 """Queries on jobs and their idempotency keys."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import cast
 
-from sqlalchemy import CursorResult, delete, exists, func, select, update
+from sqlalchemy import CursorResult, Table, bindparam, delete, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from gpt_worker.domain import HIDDEN, UNFINISHED, VISIBLE, Caller, JobStatus, Usage
+from gpt_worker.domain import HIDDEN, UNFINISHED, VISIBLE, Caller, ErrorCode, JobStatus, TaskState, Usage
 from gpt_worker.models import DeliveryRow, IdempotencyRow, JobRow, TaskRow, UserRow
+
+_JOBS = cast(Table, JobRow.__table__)
+_COUNTS = ("answered", "failed", "results_bytes", "requests", "prompt_tokens", "completion_tokens")
+
+# A statement that is run all the time is built once, and below the ORM.
+_ADD_PROGRESS = (
+    update(_JOBS)
+    .where(_JOBS.c.id == bindparam("b_job"))
+    .values({name: _JOBS.c[name] + bindparam(f"b_{name}") for name in _COUNTS})
+)
+_UNFINISHED_OF = select(
+    func.count(),
+    func.sum(_JOBS.c.total - _JOBS.c.answered - _JOBS.c.failed),
+    func.min(_JOBS.c.total - _JOBS.c.answered - _JOBS.c.failed),
+    func.sum(_JOBS.c.answered + _JOBS.c.failed),
+    func.min(_JOBS.c.started_at),
+).where(_JOBS.c.status.in_(UNFINISHED))
+UNFINISHED_OF_USER = _UNFINISHED_OF.where(_JOBS.c.owner_id == bindparam("b_owner"))
+UNFINISHED_OF_NOBODY = _UNFINISHED_OF.where(_JOBS.c.owner_id.is_(None))
+_IS_DECIDED = select(_JOBS.c.id).where(
+    _JOBS.c.id == bindparam("b_job"),
+    or_(_JOBS.c.answered + _JOBS.c.failed >= _JOBS.c.total, _JOBS.c.finished_at.is_not(None)),
+)
 
 
 @dataclass(slots=True)
@@ -39,6 +63,17 @@ class StatusCount:
     pending: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Unfinished:
+    """The queued and running jobs of one user: how many, what is decided of their tasks, and since when they run."""
+
+    jobs: int = 0
+    pending: int = 0
+    least_pending: int = 0  # of the job that is nearest to its end
+    decided: int = 0
+    started_at: datetime | None = None
+
+
 def add_job(session: Session, job: JobRow) -> None:
     session.add(job)
 
@@ -55,8 +90,11 @@ def get_job(session: Session, job_id: str) -> JobRow | None:
     return session.get(JobRow, job_id)
 
 
-def owner_email(session: Session, job: JobRow) -> str | None:
-    return session.scalar(select(UserRow.email).where(UserRow.id == job.owner_id)) if job.owner_id else None
+def owner_emails(session: Session, jobs: Iterable[JobRow]) -> dict[str, str]:
+    """The addresses of these jobs' owners, by their ids."""
+    ids = {job.owner_id for job in jobs if job.owner_id}
+    rows = session.execute(select(UserRow.id, UserRow.email).where(UserRow.id.in_(ids))) if ids else ()
+    return {row.id: row.email for row in rows}
 
 
 def list_jobs(
@@ -107,6 +145,23 @@ def count_by_status(session: Session) -> dict[JobStatus, StatusCount]:
     return counts
 
 
+def unfinished_of(session: Session, owner_id: str | None) -> Unfinished:
+    """What a user has unfinished, or with None those who have no token together; asked in every submit."""
+    statement = UNFINISHED_OF_NOBODY if owner_id is None else UNFINISHED_OF_USER
+    row = session.connection().execute(statement, {"b_owner": owner_id} if owner_id else {}).one()
+    jobs, pending, least_pending, decided, started_at = row
+    return (
+        Unfinished(jobs, int(pending), int(least_pending), int(decided), started_at) if jobs else Unfinished()
+    )
+
+
+def count_failed(session: Session, job_id: str, codes: Collection[ErrorCode], after: int) -> int:
+    """How many tasks of a job behind the position `after` have failed with one of these codes."""
+    failed = (TaskRow.job_id == job_id, TaskRow.state == TaskState.FAILED, TaskRow.position > after)
+    count = select(func.count()).select_from(TaskRow).where(*failed, TaskRow.error_code.in_(codes))
+    return session.scalar(count) or 0
+
+
 def queue(session: Session, job_id: str, total: int, results_bytes: int) -> None:
     """The last commit of a submit: the job is whole and can be seen."""
     session.execute(
@@ -125,19 +180,13 @@ def start(session: Session, job_id: str, at: datetime) -> None:
 
 
 def add_progress(session: Session, job_id: str, progress: JobProgress) -> None:
-    session.execute(
-        update(JobRow)
-        .where(JobRow.id == job_id)
-        .values(
-            answered=JobRow.answered + progress.answered,
-            failed=JobRow.failed + progress.failed,
-            results_bytes=JobRow.results_bytes + progress.results_bytes,
-            requests=JobRow.requests + progress.requests,
-            prompt_tokens=JobRow.prompt_tokens + progress.prompt_tokens,
-            completion_tokens=JobRow.completion_tokens + progress.completion_tokens,
-        ),
-        execution_options={"synchronize_session": False},
-    )
+    values = {f"b_{name}": getattr(progress, name) for name in _COUNTS}
+    session.connection().execute(_ADD_PROGRESS, {"b_job": job_id, **values})
+
+
+def is_decided(session: Session, job_id: str) -> bool:
+    """Whether no task of the job is pending, or it has ended already: asked in every commit, so it loads no job."""
+    return session.connection().execute(_IS_DECIDED, {"b_job": job_id}).first() is not None
 
 
 def end_if_done(session: Session, job_id: str, at: datetime) -> JobRow | None:
@@ -225,16 +274,26 @@ def claim_key(session: Session, row: IdempotencyRow) -> IdempotencyRow | None:
     return None
 
 
-def free_key(session: Session, user_key: str, key_hash: str) -> None:
+def knows_key(session: Session, user_key: str, key_hash: str) -> bool:
+    """Whether a submit has brought this Idempotency-Key."""
+    return session.get(IdempotencyRow, (user_key, key_hash)) is not None
+
+
+def free_key(session: Session, claim: IdempotencyRow) -> None:
+    """Give an Idempotency-Key back, unless a later submit has taken it meanwhile."""
     session.execute(
-        delete(IdempotencyRow).where(IdempotencyRow.user_key == user_key, IdempotencyRow.key_hash == key_hash)
+        delete(IdempotencyRow).where(
+            IdempotencyRow.user_key == claim.user_key,
+            IdempotencyRow.key_hash == claim.key_hash,
+            IdempotencyRow.created_at == claim.created_at,
+        )
     )
 
 
-def bind_key(session: Session, user_key: str, key_hash: str, job_id: str) -> None:
+def bind_key(session: Session, claim: IdempotencyRow, job_id: str) -> None:
     session.execute(
         update(IdempotencyRow)
-        .where(IdempotencyRow.user_key == user_key, IdempotencyRow.key_hash == key_hash)
+        .where(IdempotencyRow.user_key == claim.user_key, IdempotencyRow.key_hash == claim.key_hash)
         .values(job_id=job_id)
     )
 

@@ -6,16 +6,62 @@ Everything walks the primary key (job, position), never OFFSET, and touches at m
 import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from json.encoder import encode_basestring
 from typing import Any, cast
 
-from sqlalchemy import CursorResult, Table, bindparam, delete, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    CursorResult,
+    Table,
+    Update,
+    bindparam,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.orm import Session
 
-from gpt_worker.domain import ErrorCode, Failure, NewTask, Outcome, Prompt, TaskState
+from gpt_worker.domain import Answer, ErrorCode, Failure, NewTask, Outcome, Prompt, TaskState
 from gpt_worker.models import TaskRow
 
 SLICE_TASKS = 5000
+ROWS_A_STATEMENT = 250
+INSERT = "INSERT INTO tasks (job_id, position, id, prompt, tokens, state, attempts) VALUES "
+ROW = f"(?1,?,?,?,?,{TaskState.PENDING:d},0)"
+INSERT_ONE, INSERT_MANY = INSERT + ROW, INSERT + ",".join([ROW] * ROWS_A_STATEMENT)
 _TASKS = cast(Table, TaskRow.__table__)
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+# A statement that is run all the time is built once, and below the ORM.
+_UPDATE_PENDING = update(_TASKS).where(
+    _TASKS.c.job_id == bindparam("b_job"),
+    _TASKS.c.position == bindparam("b_position"),
+    _TASKS.c.state == TaskState.PENDING,
+)
+
+
+def _setting(*names: str, **values: Any) -> Update:
+    return _UPDATE_PENDING.values(values | {name: bindparam(name) for name in names})
+
+
+_ANSWER = _setting("answer", "finish_reason", "attempts", state=TaskState.ANSWERED)
+_FAIL = _setting("error_code", "error_message", "attempts", state=TaskState.FAILED)
+_CLOSE = _setting("error_code", "error_message", state=TaskState.FAILED)
+_COUNT_ATTEMPTS = _setting("attempts")
+_COUNT_CRASH = _setting(crashes=_TASKS.c.crashes + 1)
+_CLOSE_CRASHED = _CLOSE.where(_TASKS.c.crashes >= bindparam("b_crashes"))
+_PENDING = (
+    select(_TASKS.c.position, _TASKS.c.prompt, _TASKS.c.tokens, _TASKS.c.attempts, _TASKS.c.crashes)
+    .where(
+        _TASKS.c.job_id == bindparam("b_job"),
+        _TASKS.c.position > bindparam("b_after"),
+        _TASKS.c.state == TaskState.PENDING,
+    )
+    .order_by(_TASKS.c.position)
+    .limit(bindparam("b_limit"))
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +72,7 @@ class PendingTask:
     prompt: Prompt
     tokens: int
     attempts: int = 0  # charged tries, of this run
+    crashes: int = 0  # of the process, while it was asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +91,22 @@ class TaskResult:
 
 def add_tasks(session: Session, job_id: str, first_position: int, tasks: Sequence[NewTask]) -> None:
     """Store one slice of a job's tasks, in order."""
-    session.execute(
+    connection = session.connection()
+    if connection.dialect.name == "sqlite":
+        _add_to_sqlite(connection, job_id, first_position, tasks)
+        return
+    if not tasks:
+        return
+    connection.execute(
         insert(_TASKS),
         [
             {
                 "job_id": job_id,
                 "position": position,
                 "id": task.id,
-                "prompt": json.dumps(task.prompt, ensure_ascii=False, separators=(",", ":")),
+                "prompt": _encoded(task.prompt),
                 "tokens": task.tokens,
-                "state": TaskState.PENDING,
+                "state": int(TaskState.PENDING),
                 "attempts": 0,
             }
             for position, task in enumerate(tasks, first_position)
@@ -61,17 +114,36 @@ def add_tasks(session: Session, job_id: str, first_position: int, tasks: Sequenc
     )
 
 
+def _add_to_sqlite(
+    connection: Connection, job_id: str, first_position: int, tasks: Sequence[NewTask]
+) -> None:
+    """Many rows a statement: half the time of a row each, and other threads run while SQLite is at it."""
+    many = len(tasks) - len(tasks) % ROWS_A_STATEMENT
+    for start in range(0, many, ROWS_A_STATEMENT):
+        values: list[str | int] = [job_id]
+        rows = tasks[start : start + ROWS_A_STATEMENT]
+        for position, (id_, prompt, tokens) in enumerate(rows, first_position + start):
+            values += (position, id_, _encoded(prompt), tokens)
+        connection.exec_driver_sql(INSERT_MANY, tuple(values))
+    few = [
+        (job_id, position, id_, _encoded(prompt), tokens)
+        for position, (id_, prompt, tokens) in enumerate(tasks[many:], first_position + many)
+    ]
+    if few:
+        connection.exec_driver_sql(INSERT_ONE, few)
+
+
+def _encoded(prompt: Prompt) -> str:
+    return encode_basestring(prompt) if isinstance(prompt, str) else _encode(prompt)
+
+
 def pending_page(session: Session, job_id: str, after: int, limit: int, max_tokens: int) -> list[PendingTask]:
     """Up to `limit` tasks still to be asked, behind the position `after`, of about `max_tokens` in all."""
-    rows = session.execute(
-        select(TaskRow.position, TaskRow.prompt, TaskRow.tokens, TaskRow.attempts)
-        .where(TaskRow.job_id == job_id, TaskRow.position > after, TaskRow.state == TaskState.PENDING)
-        .order_by(TaskRow.position)
-        .limit(limit)
-    ).yield_per(50)
+    where = {"b_job": job_id, "b_after": after, "b_limit": limit}
+    rows = session.connection().execute(_PENDING, where).yield_per(50)
     page: list[PendingTask] = []
-    for position, prompt, tokens, attempts in rows:
-        page.append(PendingTask(position, json.loads(prompt), tokens, attempts))
+    for position, prompt, tokens, attempts, crashes in rows:
+        page.append(PendingTask(position, json.loads(prompt), tokens, attempts, crashes))
         max_tokens -= tokens
         if max_tokens <= 0:
             break
@@ -85,15 +157,14 @@ def record_answers(session: Session, outcomes: Iterable[Outcome]) -> int:
         {
             "b_job": outcome.job_id,
             "b_position": outcome.position,
-            "state": TaskState.ANSWERED,
             "answer": outcome.decision.text,
             "finish_reason": outcome.decision.finish_reason,
             "attempts": outcome.attempts,
         }
         for outcome in outcomes
-        if outcome.decision is not None and not isinstance(outcome.decision, Failure)
+        if isinstance(outcome.decision, Answer)
     ]
-    return _update_pending(session, rows)
+    return _update_pending(session, _ANSWER, rows)
 
 
 def record_failures(session: Session, outcomes: Iterable[Outcome]) -> int:
@@ -102,7 +173,6 @@ def record_failures(session: Session, outcomes: Iterable[Outcome]) -> int:
         {
             "b_job": outcome.job_id,
             "b_position": outcome.position,
-            "state": TaskState.FAILED,
             "error_code": outcome.decision.code,
             "error_message": outcome.decision.message[:1000],
             "attempts": outcome.attempts,
@@ -110,7 +180,7 @@ def record_failures(session: Session, outcomes: Iterable[Outcome]) -> int:
         for outcome in outcomes
         if isinstance(outcome.decision, Failure)
     ]
-    return _update_pending(session, rows)
+    return _update_pending(session, _FAIL, rows)
 
 
 def record_attempts(session: Session, outcomes: Iterable[Outcome]) -> None:
@@ -120,20 +190,11 @@ def record_attempts(session: Session, outcomes: Iterable[Outcome]) -> None:
         for outcome in outcomes
         if outcome.decision is None and outcome.attempts
     ]
-    _update_pending(session, rows)
+    _update_pending(session, _COUNT_ATTEMPTS, rows)
 
 
-def _update_pending(session: Session, rows: list[dict[str, Any]]) -> int:
-    if not rows:
-        return 0
-    statement = update(_TASKS).where(
-        _TASKS.c.job_id == bindparam("b_job"),
-        _TASKS.c.position == bindparam("b_position"),
-        _TASKS.c.state == TaskState.PENDING,
-    )
-    values: dict[str, Any] = {name: bindparam(name) for name in rows[0] if not name.startswith("b_")}
-    result = session.connection().execute(statement.values(values), rows)
-    return result.rowcount
+def _update_pending(session: Session, statement: Update, rows: list[dict[str, Any]]) -> int:
+    return session.connection().execute(statement, rows).rowcount if rows else 0
 
 
 def fail_pending(
@@ -155,15 +216,27 @@ def fail_pending(
         {
             "b_job": job_id,
             "b_position": position,
-            "state": TaskState.FAILED,
             "error_code": failure.code,
             "error_message": failure.message[:1000],
         }
         for position in positions
         if position not in spare
     ]
-    failed = _update_pending(session, rows)
+    failed = _update_pending(session, _CLOSE, rows)
     return failed, positions[-1] if len(positions) == SLICE_TASKS else None
+
+
+def count_crash(
+    session: Session, job_id: str, positions: Collection[int], limit: int, failure: Failure
+) -> int:
+    """Count a crash for each of these tasks that is still to be asked, and fail those it was the `limit`th of.
+
+    Returns how many were failed.
+    """
+    keys = [{"b_job": job_id, "b_position": position} for position in sorted(positions)]
+    _update_pending(session, _COUNT_CRASH, keys)
+    closed = {"b_crashes": limit, "error_code": failure.code, "error_message": failure.message[:1000]}
+    return _update_pending(session, _CLOSE_CRASHED, [key | closed for key in keys])
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +265,7 @@ def reopen_slice(session: Session, job_id: str, codes: Collection[ErrorCode] | N
     session.execute(
         update(TaskRow)
         .where(*failed, TaskRow.position <= last)
-        .values(state=TaskState.PENDING, error_code=None, error_message=None, attempts=0),
+        .values(state=TaskState.PENDING, error_code=None, error_message=None, attempts=0, crashes=0),
         execution_options={"synchronize_session": False},
     )
     more = last if len(rows) == SLICE_TASKS else None

@@ -1,6 +1,7 @@
 """Running services for the integration tests: one that a module shares, and a factory for those of their own.
 
 A test gets the shared ones as it would find them fresh: no faults, no calls, the modes of a new service.
+Whatever the services of a run have written is looked through at its end: no secret, and no prompt out of its place.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,9 +11,19 @@ from typing import Any
 
 import pytest
 
+from tests.canaries import Watch
 from tests.receiver import Receiver
 from tests.service import Env, Service
 from tests.upstream import KeyRules, Upstream
+
+
+@pytest.fixture(scope="session", autouse=True)
+def watch() -> Iterator[Watch]:
+    """Sees every service; fails the last test of the run, with xdist that of each process, when one has leaked."""
+    with Watch() as watch:
+        yield watch
+    leaks = sorted({str(leak) for leak in watch.find_leaks()})
+    assert not leaks, "services have written what they must not:\n" + "\n".join(leaks)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,26 @@
 """Accounts on the real service: the first admin, logins, lockouts, tokens and modes, also across restarts."""
 
+import hashlib
+import hmac
+import json
 import re
+import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
+import jwt
 import pytest
+import requests
+from requests.adapters import HTTPAdapter
 
-from tests.service import ADMIN_EMAIL, PASSWORD, Service
+from config import derive
+from gpt_worker.accounts import FAILED_LOGINS_PER_MINUTE
+from tests.service import ADMIN_EMAIL, APP_KEY, PASSWORD, Service
 from tests.upstream import Upstream
 
 USER_EMAIL = "bob@example.org"
@@ -38,13 +50,13 @@ def test_race_for_the_first_account_has_one_winner(service: Service) -> None:
         body = {"email": f"user{number}@example.org", "password": PASSWORD}
         statuses.append(service.post("/register", json=body).status_code)
 
-    threads = [threading.Thread(target=register, args=(number,)) for number in range(8)]
+    threads = [threading.Thread(target=register, args=(number,)) for number in range(50)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
 
-    assert sorted(statuses) == [201] + [403] * 7
+    assert sorted(statuses) == [201] + [403] * 49
 
 
 def lock(service: Service, at_least_s: int) -> None:
@@ -70,11 +82,128 @@ def test_address_locks_after_five_wrong_passwords(service: Service) -> None:
 
 def test_lock_outlives_a_restart(service: Service) -> None:
     assert service.admin
-    lock(service, at_least_s=8)
+    lock(service, at_least_s=1)
+    service.terminate()
+    with closing(sqlite3.connect(service.data_dir / "gpt-worker.sqlite3")) as database:
+        # so that it stands however long the start takes
+        later = "UPDATE login_failures SET locked_until = datetime(locked_until, '+10 minutes')"
+        assert database.execute(later).rowcount == 2  # of this network, and of all
+        database.commit()
 
-    service.restart()
+    service.start()
 
     assert try_login(service, PASSWORD) == 429
+
+
+def test_owner_with_an_earlier_token_gets_in_while_strangers_guess(service: Service) -> None:
+    earlier = service.admin
+    assert service.post("/logout", earlier).status_code == 204
+    lock(service, at_least_s=4)
+    body = {"email": ADMIN_EMAIL, "password": PASSWORD}
+
+    assert service.post("/login", json=body).status_code == 429
+    assert service.post("/login", earlier, json=body).status_code == 200
+
+
+def test_owner_without_a_token_gets_in_from_another_network_than_the_strangers(service: Service) -> None:
+    assert service.admin
+    lock(service, at_least_s=4)
+    body = {"email": ADMIN_EMAIL, "password": PASSWORD}
+
+    with requests.Session() as elsewhere:
+        elsewhere.mount("http://", From("127.0.0.2"))
+        mine = elsewhere.post(f"{service.url}/login", json=body, timeout=60)
+
+    assert service.post("/login", json=body).status_code == 429
+    assert mine.status_code == 200
+
+
+class From(HTTPAdapter):
+    """Connects from this address."""
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, **kwargs, source_address=(self._address, 0))
+
+
+def test_strangers_who_keep_logging_in_at_one_address_keep_nobody_out(service: Service) -> None:
+    earlier = service.admin
+    stop = threading.Event()
+    crowd: Counter[int] = Counter()
+
+    def log_in_as_anybody(number: int) -> None:
+        with requests.Session() as elsewhere:
+            elsewhere.mount("http://", From("127.0.0.2"))
+            while not stop.is_set():
+                body = {"email": f"{number}-{crowd.total()}@example.org", "password": "wrong password"}
+                crowd[elsewhere.post(f"{service.url}/login", json=body, timeout=60).status_code] += 1
+
+    threads = [threading.Thread(target=log_in_as_anybody, args=(number,)) for number in range(30)]
+    for thread in threads:
+        thread.start()
+    try:
+        service.wait_until(lambda: crowd.total() >= 60)
+        without = [try_login(service, PASSWORD) for _ in range(10)]
+        body = {"email": ADMIN_EMAIL, "password": PASSWORD}
+        with requests.Session() as among_them:
+            among_them.mount("http://", From("127.0.0.2"))
+            headers = {"Authorization": f"Bearer {earlier}"}
+            with_token = [
+                among_them.post(f"{service.url}/login", json=body, headers=headers, timeout=60).status_code
+                for _ in range(10)
+            ]
+        service.wait_until(lambda: crowd[429] > 0, timeout_s=60)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+    assert (without, with_token) == ([200] * 10, [200] * 10)
+    assert crowd[401] < 2 * FAILED_LOGINS_PER_MINUTE
+
+
+def test_forged_tokens_open_nothing(service: Service) -> None:
+    good = service.admin
+    claims = jwt.decode(good, options={"verify_signature": False})
+    key = derive(APP_KEY, "tokens")
+    without = {name: {k: v for k, v in claims.items() if k != name} for name in ("exp", "jti", "sub", "aud")}
+    forged = {
+        "another APP_KEY": jwt.encode(claims, derive(APP_KEY[::-1], "tokens"), "HS256"),
+        "APP_KEY itself": jwt.encode(claims, APP_KEY, "HS256"),
+        "none": jwt.encode(claims, "", "none"),
+        "HS512": jwt.encode(claims, key * 2, "HS512"),
+        "RS256, signed with the secret": resign({"alg": "RS256", "typ": "JWT"}, claims, key),
+        "expired": jwt.encode({**claims, "exp": 1_000_000_000}, key, "HS256"),
+        "another audience": jwt.encode({**claims, "aud": "another"}, key, "HS256"),
+        "another user": jwt.encode({**claims, "sub": "0" * 32}, key, "HS256"),
+        "an unknown id": jwt.encode({**claims, "jti": "0" * 32}, key, "HS256"),
+        **{f"no {name}": jwt.encode(claims, key, "HS256") for name, claims in without.items()},
+    }
+    assert service.get("/me", jwt.encode(claims, key, "HS256")).status_code == 200
+
+    statuses = {name: service.get("/me", token).status_code for name, token in forged.items()}
+
+    assert statuses == dict.fromkeys(forged, 401)
+
+
+def resign(header: dict[str, str], claims: dict[str, object], key: bytes) -> str:
+    """Signed by HMAC-SHA256, whatever the header says."""
+    parts = [jwt.utils.base64url_encode(json.dumps(part).encode()) for part in (header, claims)]
+    signature = hmac.digest(key, b".".join(parts), hashlib.sha256)
+    return b".".join([*parts, jwt.utils.base64url_encode(signature)]).decode()
+
+
+def test_another_app_key_ends_tokens_and_leaves_passwords(service: Service) -> None:
+    token = service.admin
+    script = service.post("/tokens", token, json={"name": "script"}).json()["token"]
+
+    service.restart({"APP_KEY": APP_KEY[::-1]})
+
+    assert [service.get("/me", old).status_code for old in (token, script)] == [401, 401]
+    assert try_login(service, PASSWORD) == 200
 
 
 def test_modes_and_tokens_outlive_a_restart(service: Service) -> None:
@@ -91,11 +220,12 @@ def test_modes_and_tokens_outlive_a_restart(service: Service) -> None:
 def test_disabled_user_is_out_with_the_next_request(service: Service) -> None:
     user = service.user(USER_EMAIL)
     user_id = service.get("/me", user).json()["id"]
-    assert service.get("/jobs", user).status_code == 200
+    script = service.post("/tokens", user, json={"name": "script"}).json()["token"]
+    assert [service.get("/jobs", token).status_code for token in (user, script)] == [200, 200]
 
     service.patch(f"/users/{user_id}", service.admin, json={"disabled": True})
 
-    assert service.get("/jobs", user).status_code == 401
+    assert [service.get("/jobs", token).status_code for token in (user, script)] == [401, 401]
     assert try_login(service, PASSWORD, USER_EMAIL) == 401
 
 

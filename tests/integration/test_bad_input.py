@@ -349,6 +349,31 @@ def test_bad_setting_is_refused_and_named(service: Service, name: str, value: An
     assert places(assert_problem(reply, 422)) == [["settings", name]]
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("max_tokens", ": did you mean max_output_tokens?"),
+        ("system", ": did you mean instructions?"),
+        ("temprature", ": did you mean temperature?"),
+        ("tempo", ""),
+    ],
+)
+def test_unknown_setting_is_told_what_may_be_meant(service: Service, name: str, hint: str) -> None:
+    in_body = service.submit(["a"], {name: MARK})
+    in_query = service.post(
+        f"/jobs?{name}={MARK}", service.admin, data=b"a", headers={"Content-Type": "text/csv"}
+    )
+
+    assert [error["msg"] for error in assert_problem(in_body, 422)["errors"]] == [f"is not known here{hint}"]
+    assert [error["msg"] for error in assert_problem(in_query, 422)["errors"]] == [f"is not known here{hint}"]
+
+
+def test_unknown_member_elsewhere_is_taken_for_no_setting(service: Service) -> None:
+    reply = service.post("/login", json={"email": "a@example.org", "password": MARK, "system": MARK})
+
+    assert [error["msg"] for error in assert_problem(reply, 422)["errors"]] == ["is not known here"]
+
+
 def test_response_format_without_a_type_is_refused(service: Service) -> None:
     reply = service.submit(["a"], {"response_format": {"json_schema": {"name": MARK}}})
 
@@ -496,6 +521,11 @@ def test_id_that_nobody_gave_is_a_404(service: Service, method: str, path: str) 
         reply = service.request(method, path.format(id_), service.admin)
 
         assert_problem(reply, 404)
+
+
+def test_browser_at_the_top_is_told_of_the_docs(service: Service) -> None:
+    assert "/docs" in assert_problem(service.get("/"), 405)["detail"]
+    assert "/docs" not in assert_problem(service.request("PUT", "/"), 405)["detail"]
 
 
 @pytest.mark.parametrize("number", ["99", "-1", "1.0", "9" * 400, "nope", "%00", "0x0"])

@@ -11,6 +11,7 @@ import pty
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +28,7 @@ import pytest
 import requests
 
 from gpt_worker.cli import main
+from gpt_worker.client import following
 from gpt_worker.client.options import Form
 from tests.service import ADMIN_EMAIL, PASSWORD, ROOT, Service, free_port
 from tests.upstream import Fault, FaultKind, Upstream
@@ -149,6 +151,32 @@ def test_login_keeps_a_token_that_logout_ends(client: Client, service: Service) 
     assert not client.credentials.exists()
     assert service.get("/me", token).status_code == 401
     assert client.run("jobs").status == 5
+
+
+def test_login_shows_the_earlier_token_so_that_strangers_lock_nobody_out(
+    client: Client, service: Service
+) -> None:
+    email = "returning@example.org"
+    service.user(email)
+    log_in = ("login", service.url, "--email", email, "--password-stdin")
+    assert client.run(*log_in, stdin=PASSWORD.encode()).status == 0
+    while service.post("/login", json={"email": email, "password": "wrong password"}).status_code == 401:
+        pass
+
+    known = client.run(*log_in, stdin=PASSWORD.encode())
+
+    assert (known.status, known.stderr) == (0, f"Logged in at {service.url} as {email}.\n")
+
+
+def test_earlier_token_goes_to_no_other_server(client: Client, service: Service) -> None:
+    log_in = ("--email", ADMIN_EMAIL, "--password-stdin")
+    assert client.run("login", service.url, *log_in, stdin=PASSWORD.encode()).status == 0
+
+    with Front(service) as front:
+        assert client.run("login", front.url, *log_in, stdin=PASSWORD.encode()).status == 0
+
+    (login,) = [headers for request, headers in front.seen if request == "POST /login"]
+    assert "Authorization" not in login
 
 
 def test_wrong_password_stores_nothing(client: Client, service: Service) -> None:
@@ -534,6 +562,27 @@ def test_wait_survives_a_crash_of_the_server(client: Client, start: Start) -> No
     assert len(stdout.splitlines()) == 20
 
 
+@pytest.mark.parametrize("listens", [False, True])
+def test_wait_for_a_server_that_never_answers_ends_soon(
+    client: Client, monkeypatch: pytest.MonkeyPatch, listens: bool
+) -> None:
+    monkeypatch.setattr(following, "FIRST_PATIENCE_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        if not listens:
+            server.close()
+        client.use(f"http://127.0.0.1:{port}")
+
+        ended = client.run("wait", "0" * 32)
+
+    assert ended.status == 4
+    reason = "no answer in time" if listens else "nothing listens there"
+    assert ended.stderr.splitlines()[-1] == (
+        f"gpt-worker: no gpt-worker answers at http://127.0.0.1:{port}: {reason}, and none has in 1 s: "
+        "is the address right, and does it run?"
+    )
+
+
 # A server behind trouble
 
 
@@ -667,6 +716,22 @@ def test_results_that_break_off_are_fetched_again_whole(
 
 
 # How it is installed
+
+
+def test_make_says_that_it_installs_and_only_then(tmp_path: Path) -> None:
+    venv.create(tmp_path / ".venv")
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(tmp_path / ".venv")}))
+    (packages / "of_these_tests.pth").write_text(sysconfig.get_path("purelib"))
+    (tmp_path / "requirements.txt").write_text("# nothing\n")
+    shutil.copy2(ROOT / "Makefile", tmp_path)
+    make = ["make", "--silent", ".venv/.installed"]
+
+    first, second = (
+        subprocess.run(make, cwd=tmp_path, capture_output=True, text=True, check=True) for _ in range(2)
+    )
+
+    assert (first.stdout, second.stdout, second.stderr) == ("", "", "")
+    assert "gpt-worker: installing into .venv (a minute or so)\n" in first.stderr
 
 
 def test_make_installs_the_client_for_every_directory(tmp_path: Path) -> None:

@@ -3,13 +3,16 @@
 import contextlib
 import hashlib
 import json
+import logging
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,22 +23,24 @@ import requests
 from flask import Flask, g
 from flask.testing import FlaskClient
 from flask_openapi3.openapi import OpenAPI
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from config import Settings
 from gpt_worker import rendering, signing
 from gpt_worker.api import problems, webhooks
-from gpt_worker.db import Database, db
+from gpt_worker.db import Database
 from gpt_worker.deliveries import (
     CUT_GRACE_S,
     MAX_BODY_BYTES,
+    SENDERS,
+    SENDERS_OF_ONE,
     Deliveries,
     render_body,
 )
 from gpt_worker.domain import Answer, Caller, DeliveryStatus, NewTask, Outcome, Role, new_id, utc_now
 from gpt_worker.errors import Conflict, Forbidden, NotFound
-from gpt_worker.models import AttemptRow, Base, DeliveryRow, JobRow
+from gpt_worker.models import AttemptRow, DeliveryRow, JobRow
 from gpt_worker.posting import Reply, Wire, post
 from gpt_worker.store import deliveries as store
 from gpt_worker.store import jobs as job_store
@@ -68,15 +73,37 @@ class WatchedDatabase(Database):
     def __init__(self, app: Flask, url: str) -> None:
         super().__init__(app, url)
         self._committed = threading.Condition()
-        with app.app_context():
-            Base.metadata.create_all(db.engine)
+        self._failures = {"read": 0, "write": 0}
+        self.migrate()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        with self._counted("read"), super().read() as session:
+            yield session
 
     @contextmanager
     def write(self, *, urgent: bool = False) -> Iterator[Session]:
-        with super().write(urgent=urgent) as session:
+        with self._counted("write"), super().write(urgent=urgent) as session:
             yield session
         with self._committed:
             self._committed.notify_all()
+
+    @contextmanager
+    def _counted(self, kind: str) -> Iterator[None]:
+        try:
+            yield
+        except SQLAlchemyError:
+            with self._committed:
+                self._failures[kind] += 1
+                self._committed.notify_all()
+            raise
+
+    def wait_failures(self, kind: str, count: int) -> None:
+        """Returns when so many more have failed. Raises TimeoutError."""
+        with self._committed:
+            enough = self._failures[kind] + count
+            if not self._committed.wait_for(lambda: self._failures[kind] >= enough, PATIENCE_S):
+                raise TimeoutError("the database works")
 
     def wait_until(self, holds: Callable[[Session], bool]) -> None:
         """Returns after the first commit that makes it so. Raises TimeoutError."""
@@ -124,7 +151,9 @@ class Outbox:
         self.deliveries.stop(0)
         self.database.close()
 
-    def finish_job(self, answers: dict[str, str], owner: Caller = OWNER) -> tuple[str, str]:
+    def finish_job(
+        self, answers: dict[str, str], owner: Caller = OWNER, url: str | None = None
+    ) -> tuple[str, str]:
         """A job that ends in one commit with its delivery, as the recorder does it; both ids."""
         now = self.clock()
         job = JobRow(
@@ -155,7 +184,7 @@ class Outbox:
                 job_id=job.id,
                 owner_id=owner.user_id,
                 run=1,
-                url=self.settings.request_api,
+                url=url or self.settings.request_api,
                 now=now,
             )
         self.deliveries.wake()
@@ -536,6 +565,24 @@ def test_endless_body_is_read_to_its_bound_only(status: bytes) -> None:
     assert sum(sent) < 32 << 20
 
 
+@pytest.mark.parametrize("head", [b"Transfer-Encoding: chunked", b"transfer-encoding: identity, Chunked"])
+@pytest.mark.parametrize("chunk", [b"-1\r\n", b"7fffffff\r\n"])
+def test_chunks_of_a_reply_are_not_read(head: bytes, chunk: bytes) -> None:
+    sent: list[int] = []
+
+    def flood(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 503 No\r\nRetry-After: 7\r\n" + head + b"\r\n\r\n" + chunk)
+        while len(sent) < 1024:
+            sent.append(connection.send(bytes(65536)))
+
+    with raw_server(flood) as address:
+        reply = send(f"http://{address}/", deadline_s=PATIENCE_S)
+
+    assert reply == Reply(503, "7")
+    assert sum(sent) < 32 << 20
+
+
 def test_cookie_of_one_attempt_is_not_sent_with_the_next(receiver: Receiver) -> None:
     receiver.script(Says(200, {"Set-Cookie": "taste=bitter"}))
 
@@ -630,6 +677,92 @@ def test_silent_receiver_does_not_hold_up_the_other_senders(outbox: Outbox, rece
         outbox.wait_status(delivery_id, DeliveryStatus.DELIVERED)
 
 
+def owe(outbox: Outbox, url: str, count: int) -> None:
+    for _ in range(count):
+        outbox.finish_job({"greet": "Bonjour"}, url=url)
+
+
+def test_receiver_that_was_there_before_and_is_silent_does_not_delay_the_new_one(
+    outbox: Outbox, receiver: Receiver
+) -> None:
+    with Receiver([Hang()] * 30) as before:
+        owe(outbox, before.url, 15)
+        owe(outbox, before.url.replace("/hook", "/another-path"), 15)
+        outbox.start()
+        before.wait_for(SENDERS_OF_ONE)
+
+        owe(outbox, receiver.url, 5)
+
+        receiver.wait_for(5)
+        assert len(before.received()) == SENDERS_OF_ONE
+        outbox.deliveries.stop(0)
+
+
+def test_receiver_that_does_not_answer_is_tried_by_one_sender_until_it_does(
+    outbox: Outbox, receiver: Receiver
+) -> None:
+    deadline_s = 0.4
+    receiver.script(*[Hang()] * 6)
+    owe(outbox, receiver.url, 12)
+    outbox.start(deadline_s=deadline_s)
+
+    times_s = [request.at for request in receiver.wait_for(12)]
+
+    tries = times_s[SENDERS_OF_ONE:6]  # after the first three, which began before anything was known
+    assert all(later - earlier > 0.9 * deadline_s for earlier, later in pairwise(tries))
+    assert times_s[-1] - times_s[6] < deadline_s, "once it has answered, it has its senders again"
+
+
+def test_silent_receivers_together_leave_a_sender_to_others(outbox: Outbox, receiver: Receiver) -> None:
+    deadline_s = 3.0
+    with ExitStack() as stack:
+        dead = [stack.enter_context(Receiver([Hang()] * 9)) for _ in range(SENDERS + 1)]
+        outbox.start(deadline_s=0.1)
+        for one in dead:
+            owe(outbox, one.url, 1)
+            one.wait_for(1)
+        outbox.database.wait_until(lambda session: session.query(AttemptRow).count() == len(dead))
+        outbox.deliveries._deadline_s = deadline_s
+        for one in dead:
+            owe(outbox, one.url, 1)
+        for one in dead[:SENDERS_OF_ONE]:
+            one.wait_for(2)
+        began_s = time.monotonic()
+
+        owe(outbox, receiver.url, 1)
+
+        [request] = receiver.wait_for(1)
+        assert request.at - began_s < deadline_s / 2
+        outbox.deliveries.stop(0)
+
+
+def list_due(outbox: Outbox, *, limit: int = 10, besides_urls: tuple[str, ...] = ()) -> list[str]:
+    with outbox.database.read() as session:
+        dues = store.list_due(session, now=outbox.clock(), besides=(), besides_urls=besides_urls, limit=limit)
+    return [due.id for due in dues]
+
+
+def test_first_attempts_go_before_others_and_the_longest_waiting_first(outbox: Outbox) -> None:
+    ids = []
+    for _ in range(4):
+        ids.append(outbox.finish_job({"greet": "Bonjour"})[1])
+        outbox.clock.advance(1)
+    with outbox.database.write() as session:
+        for number in (0, 1):
+            row = store.get_delivery(session, ids[number])
+            assert row is not None
+            row.tries_left -= 1
+
+    assert list_due(outbox) == [ids[2], ids[3], ids[0], ids[1]]
+
+
+def test_many_that_are_due_to_one_address_hide_none_to_another(outbox: Outbox) -> None:
+    owe(outbox, "http://127.0.0.1:1/dead", 50)
+    _, other = outbox.finish_job({"greet": "Bonjour"}, url="http://127.0.0.1:2/hook")
+
+    assert list_due(outbox, limit=1, besides_urls=("http://127.0.0.1:1/dead",)) == [other]
+
+
 def test_delivery_is_never_sent_twice_at_a_time(outbox: Outbox, receiver: Receiver) -> None:
     receiver.script(Hang())
     outbox.start()
@@ -682,7 +815,7 @@ def test_attempt_recorded_twice_counts_once(outbox: Outbox) -> None:
         with outbox.database.write() as session:
             store.record_attempt(
                 session,
-                store.Due(delivery_id, now),
+                store.Due(delivery_id, now, outbox.settings.request_api),
                 attempt,
                 ended=None,
                 next_attempt_at=now + timedelta(seconds=5),
@@ -712,6 +845,71 @@ def test_database_that_fails_before_the_attempt_only_delays_it(
 
     [request] = receiver.wait_for(1)
     assert verified(request, outbox.settings.webhook_secret)["type"] == "job.finished"
+
+
+def complaints(caplog: pytest.LogCaptureFixture) -> list[tuple[str, bool]]:
+    """What the deliveries have logged as errors, and whether with a traceback."""
+    return [
+        (record.getMessage(), record.exc_info is not None)
+        for record in caplog.records
+        if record.name == "gpt_worker.deliveries" and record.levelno >= logging.ERROR
+    ]
+
+
+def test_database_that_can_not_be_written_for_long_is_told_of_in_one_line(
+    outbox: Outbox, receiver: Receiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, elsewhere = outbox.database.path, outbox.database.path.with_suffix(".elsewhere")
+    receiver.script(Hang())
+    outbox.start()
+    outbox.finish_job({"greet": "Bonjour"})
+    _, delivery_id = outbox.finish_job({"greet": "Bonjour"})
+    receiver.wait_for(2)
+    path.rename(elsewhere)
+
+    receiver.release()
+    outbox.database.wait_failures("write", 20)
+    elsewhere.rename(path)
+
+    outbox.wait_status(delivery_id, DeliveryStatus.DELIVERED)
+    told = "The database failed a delivery: its file was moved, deleted or replaced"
+    assert complaints(caplog) == [(told, False)]
+
+
+def test_database_that_can_not_be_read_for_long_is_told_of_in_one_line(
+    outbox: Outbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = outbox.database.path
+    with contextlib.closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    pages = path.read_bytes()
+    path.write_bytes(pages[:4096] + b"\xa5" * (len(pages) - 4096))
+
+    outbox.start()
+    outbox.database.wait_failures("read", 20)
+
+    told = "Due deliveries can't be read: database disk image is malformed"
+    assert complaints(caplog) == [(told, False)]
+
+
+def test_bug_of_the_deliveries_is_told_of_with_a_traceback(
+    outbox: Outbox, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bugs = iter([True, True])
+    list_due = store.list_due
+
+    def break_twice(*args: Any, **kwargs: Any) -> Any:
+        if next(bugs, False):
+            raise KeyError("due")
+        return list_due(*args, **kwargs)
+
+    monkeypatch.setattr(store, "list_due", break_twice)
+    outbox.finish_job({"greet": "Bonjour"})
+
+    outbox.start()
+
+    receiver.wait_for(1)
+    assert complaints(caplog) == [("Due deliveries can't be read.", True)] * 2
 
 
 def test_bug_in_rendering_is_an_attempt_and_goes_by_the_schedule(outbox: Outbox, receiver: Receiver) -> None:

@@ -19,6 +19,7 @@ Start = Callable[..., tuple[Service, Upstream]]
 Told = tuple[str, dict[str, Any]]
 
 PLACES = 96
+PLACES_EACH = 80
 PATIENCE_S = 15.0
 
 
@@ -263,24 +264,64 @@ def test_streams_share_the_places_and_give_them_back_when_clients_leave(
     service: Service, upstream: Upstream
 ) -> None:
     hang_all(upstream)
-    job_id = submit(service)
-    request = (
-        f"GET /jobs/{job_id}/events HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {service.admin}\r\n\r\n"
-    ).encode()
+    tokens = service.user("one@example.org"), service.user("two@example.org")
+    jobs = [submit(service, token=token) for token in tokens]
     with ExitStack() as stack:
-        for _ in range(PLACES):
-            sock = socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE_S)
-            stack.enter_context(sock).sendall(request)
+        for job_id, token in zip(jobs, tokens, strict=True):
+            open_streams(stack, service, job_id, token)
         wait_for_places(service, 0, PATIENCE_S)
 
-        reply = service.get(f"/jobs/{job_id}/events", service.admin)
+        reply = service.get(f"/jobs/{jobs[0]}/events", service.admin)
 
         assert reply.status_code == 503
         assert int(reply.headers["Retry-After"]) > 0
         assert service.get("/healthz").status_code == 200
     wait_for_places(service, PLACES, 4.0)
     let_go(upstream)
-    assert service.wait_finished(job_id)["status"] == "succeeded"
+    for job_id in jobs:
+        assert service.wait_finished(job_id)["status"] == "succeeded"
+
+
+def open_streams(stack: ExitStack, service: Service, job_id: str, token: str | None) -> None:
+    """As many as one user may have, and a few more."""
+    authorization = f"Authorization: Bearer {token}\r\n" if token else ""
+    request = f"GET /jobs/{job_id}/events HTTP/1.1\r\nHost: x\r\n{authorization}\r\n".encode()
+    for _ in range(PLACES_EACH + 4):
+        sock = socket.create_connection(("127.0.0.1", service.port), timeout=PATIENCE_S)
+        stack.enter_context(sock).sendall(request)
+
+
+@pytest.mark.parametrize("is_anonymous", [False, True])
+def test_one_user_leaves_places_to_others(service: Service, upstream: Upstream, is_anonymous: bool) -> None:
+    done = service.submit({"a": "A"}).json()["id"]
+    hang_all(upstream)
+    token = None if is_anonymous else service.user("hog@example.org")
+    service.patch("/settings", service.admin, json={"auth": not is_anonymous})
+    hanging = service.submit(["hangs"], token=token, prefer="respond-async").json()["id"]
+    with ExitStack() as stack:
+        open_streams(stack, service, hanging, token)
+        wait_for_places(service, PLACES - PLACES_EACH, PATIENCE_S)
+
+        refused = [
+            service.get(f"/jobs/{hanging}/events", token),
+            service.get(f"/jobs/{hanging}/results", token),
+            service.post(
+                "/jobs", token, data=b'{"text": "x"}', headers={"Content-Type": "application/jsonl"}
+            ),
+            service.submit(["x" * 100_000], token=token),
+        ]
+        at_once = service.submit(["waits"], token=token)
+        others = [
+            service.get(f"/jobs/{done}/events", service.admin),
+            service.get(f"/jobs/{done}/results", service.admin),
+        ]
+
+        assert [(reply.status_code, "Retry-After" in reply.headers) for reply in refused] == [(503, True)] * 4
+        assert at_once.status_code == 202
+        assert [reply.status_code for reply in others] == [200, 200]
+    let_go(upstream)
+    wait_for_places(service, PLACES, PATIENCE_S)
+    service.wait_finished(at_once.json()["id"])
 
 
 def test_head_holds_no_place(service: Service) -> None:

@@ -1,13 +1,17 @@
 """Who sees what: users apart from each other, admins, and the anonymous user of a closed network."""
 
-from collections.abc import Iterator
+import json
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import requests
 
 from tests.receiver import Receiver
-from tests.service import PASSWORD, Env, Service
+from tests.service import ADMIN_EMAIL, PASSWORD, Env, Service
 from tests.upstream import Fault, FaultKind, Upstream
 
 ADA = "ada@example.org"
@@ -202,6 +206,147 @@ def test_admin_actions_are_refused_to_users_and_strangers(
     by_stranger = service.request(method, path, json=body)
 
     assert (by_user.status_code, by_stranger.status_code) == (403, 401)
+
+
+# Tokens that end while a body comes
+
+NEW_PASSWORD = "another horse battery staple"
+
+
+def log_out(service: Service, token: str) -> None:
+    assert service.post("/logout", token).status_code == 204
+
+
+def change_password(service: Service, token: str) -> None:
+    other = service.login(service.get("/me", token).json()["email"])
+    reply = service.post("/me/password", other, json={"old": PASSWORD, "new": NEW_PASSWORD})
+    assert reply.status_code == 204
+
+
+def disable(service: Service, token: str) -> None:
+    user_id = service.get("/me", token).json()["id"]
+    assert service.patch(f"/users/{user_id}", service.admin, json={"disabled": True}).status_code == 200
+
+
+def delete(service: Service, token: str) -> None:
+    user_id = service.get("/me", token).json()["id"]
+    assert service.delete(f"/users/{user_id}", service.admin).status_code == 204
+
+
+ENDINGS = [log_out, change_password, disable, delete]
+
+
+def free_places(service: Service) -> int:
+    found = re.search(r"^gpt_worker_held_places_free (\d+)", service.get("/metrics").text, re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
+@contextmanager
+def half_sent(
+    service: Service, body: bytes, *head: str, is_upload: bool = True
+) -> Iterator[Callable[[], tuple[int, bytes]]]:
+    """A request of which half is sent, and that is let in; the call sends the rest, and gives status and body."""
+    places = free_places(service)
+    lines = [*head, "Host: x", f"Content-Length: {len(body)}", "Connection: close", "", ""]
+    with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
+        client.sendall("\r\n".join(lines).encode() + body[: len(body) // 2])
+        if is_upload:
+            service.wait_until(lambda: free_places(service) < places)
+        else:
+            service.login(ADMIN_EMAIL)  # which takes far longer than to be let in
+
+        def finish() -> tuple[int, bytes]:
+            client.sendall(body[len(body) // 2 :])
+            reply = client.makefile("rb").read()
+            return int(reply.split(b" ", 2)[1]), reply.partition(b"\r\n\r\n")[2]
+
+        yield finish
+
+
+SMALL = b'{"text": "paid for by whom?"}\n'
+LARGE = b'{"text": "paid for by whom?%s"}\n' % (b" " * 50_000)
+
+
+def uploading(service: Service, token: str | None, body: bytes = LARGE * 4) -> Any:
+    head = ["POST /jobs HTTP/1.1", "Content-Type: application/jsonl", "Prefer: respond-async"]
+    if token is not None:
+        head.append(f"Authorization: Bearer {token}")
+    return half_sent(service, body, *head)
+
+
+@pytest.mark.parametrize("body", [LARGE * 4, SMALL * 12_000], ids=["stored at once", "stored in slices"])
+@pytest.mark.parametrize("end", ENDINGS)
+def test_upload_whose_token_ends_meanwhile_is_refused_and_costs_nothing(
+    service: Service, upstream: Upstream, end: Callable[[Service, str], None], body: bytes
+) -> None:
+    token = service.user(f"{end.__name__}-{len(body)}@example.org")
+    before = ids(service.get("/jobs?all=true&limit=100", service.admin))
+
+    with uploading(service, token, body) as finish:
+        end(service, token)
+        status, reply = finish()
+
+    assert (status, json.loads(reply)["type"]) == (401, "urn:gpt-worker:problem:unauthenticated")
+    assert ids(service.get("/jobs?all=true&limit=100", service.admin)) == before
+    assert upstream.calls() == []
+    assert "Traceback" not in service.stderr()
+
+
+def test_key_of_an_upload_whose_token_ends_meanwhile_tells_of_no_job(
+    service: Service, upstream: Upstream
+) -> None:
+    token = service.user("replay@example.org")
+    headers = {
+        "Content-Type": "application/jsonl",
+        "Idempotency-Key": "once",
+        "Authorization": f"Bearer {token}",
+    }
+    assert service.post("/jobs", headers=headers, data=LARGE * 4).status_code == 200
+    head = ["POST /jobs HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+
+    with half_sent(service, LARGE * 4, *head) as finish:
+        log_out(service, token)
+        status, _ = finish()
+
+    assert status == 401
+
+
+def test_anonymous_upload_is_refused_once_auth_is_on_again(service: Service, upstream: Upstream) -> None:
+    without_auth(service)
+    with uploading(service, None) as finish:
+        assert service.patch("/settings", service.admin, json={"auth": True}).status_code == 200
+        status, _ = finish()
+
+    assert status == 401
+    assert upstream.calls() == []
+
+
+def test_upload_of_a_token_that_goes_on_is_taken(service: Service, ada: str) -> None:
+    with uploading(service, ada) as finish:
+        log_out(service, service.login(ADA))
+        status, reply = finish()
+
+    assert (status, json.loads(reply)["owner"]) == (202, ADA)
+    service.wait_finished(json.loads(reply)["id"])
+
+
+def test_retry_whose_token_ends_meanwhile_is_refused(service: Service, upstream: Upstream) -> None:
+    token = service.user("retrier@example.org")
+    upstream.add_fault(Fault(kind=FaultKind.STATUS, status=400))
+    job_id = service.submit(["no"], token=token).json()["id"]
+    calls = len(upstream.calls())
+    head = [
+        f"POST /jobs/{job_id}/retry HTTP/1.1",
+        "Content-Type: application/json",
+        f"Authorization: Bearer {token}",
+    ]
+
+    with half_sent(service, b"{" + b" " * 50_000 + b"}", *head, is_upload=False) as finish:
+        log_out(service, token)
+        status, _ = finish()
+
+    assert (status, service.job(job_id)["run"], len(upstream.calls())) == (401, 1, calls)
 
 
 # Strangers

@@ -593,11 +593,11 @@ def test_keys_of_one_project_are_one_group(desk: Desk) -> None:
     assert all("bound_by" in key for key in keys)
 
 
-def test_a_copy_made_while_the_service_runs_is_whole(desk: Desk) -> None:
-    _, back_up = UPGRADING
+def test_a_copy_made_while_the_service_runs_is_whole_and_is_restored(desk: Desk) -> None:
+    _, back_up, restore = UPGRADING
     job = desk.service.submit(["kept"], token=desk.token).json()
 
-    desk.reader.run(back_up)
+    assert "checked" in desk.reader.run(back_up)
     assert (desk.reader.clone / "backup.sqlite3").stat().st_mode & 0o777 == 0o600
     copy = sqlite3.connect(desk.reader.clone / "backup.sqlite3")
     try:
@@ -605,10 +605,17 @@ def test_a_copy_made_while_the_service_runs_is_whole(desk: Desk) -> None:
         assert copy.execute("SELECT count(*) FROM jobs WHERE id = ?", [job["id"]]).fetchone() == (1,)
     finally:
         copy.close()
+    later = desk.service.submit(["later"], token=desk.token).json()
+    desk.service.kill()
+    desk.reader.run(restore)
+    desk.service.start()
+
+    assert desk.service.job(job["id"], desk.token) == job
+    assert desk.service.get(f"/jobs/{later['id']}", desk.token).status_code == 404
 
 
 def test_what_a_version_pins_is_installed_by_pip(desk: Desk) -> None:
-    install, _ = UPGRADING
+    install, _, _ = UPGRADING
 
     desk.reader.run(install)
 

@@ -1,6 +1,7 @@
 """Kills and restarts: every answer arrives, what was answered is not asked again, what was set stays."""
 
 import contextlib
+import json
 import signal
 import sqlite3
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
 import requests
 
 from tests.receiver import Receiver, verified
@@ -32,7 +34,7 @@ def slow_keys(count: int, latency_s: float) -> dict[str, KeyRules]:
 
 
 def test_killed_service_ends_its_job_and_asks_no_answered_task_again(start: Start) -> None:
-    service, upstream = start(slow_keys(5, 0.02), {"GPT_THREADS_PER_KEY": "16"})
+    service, upstream = start(slow_keys(5, 0.1), {"GPT_THREADS_PER_KEY": "16"})
     data = {f"id {number}": f"task {number}" for number in range(2000)}
     first = service.submit(data, prefer="respond-async", idempotency_key="survives")
     job_id = first.json()["id"]
@@ -192,3 +194,67 @@ def wait_for_rows(service: Service, statement: str) -> None:
     while query(service, statement) != [(1,)]:
         assert time.monotonic() < deadline_s
         time.sleep(0.005)
+
+
+@pytest.mark.slow
+def test_task_in_flight_at_five_crashes_is_asked_no_more(start: Start, receiver: Receiver) -> None:
+    service, upstream = start(slow_keys(2, 0.0), {"REQUEST_API": receiver.url})
+    hang = Fault(kind=FaultKind.HANG, contains="deadly", times=None)
+    upstream.add_fault(hang)
+    data = {"a": "deadly", **{f"id {number}": f"task {number}" for number in range(40)}}
+    job_id = service.submit(data, {"delivery": "webhook"}).json()["id"]
+    service.wait_until(lambda: counts(service, job_id)["answered"] == 40)
+    wait_until_asked(upstream, "deadly", 1)
+
+    for crash in range(1, 5):
+        service.kill()
+        service.start()
+        wait_until_asked(upstream, "deadly", crash + 1)
+    service.signal(signal.SIGTERM)
+    service.wait_until(lambda: stops(service))
+    service.kill()  # it was asked to stop, so this is no crash
+    service.start()
+    wait_until_asked(upstream, "deadly", 6)
+    assert counts(service, job_id) == {"total": 41, "answered": 40, "failed": 0, "pending": 1}
+    service.kill()
+    service.start()
+
+    job = service.wait_finished(job_id)
+    assert (job["status"], job["counts"]["failed"]) == ("partial", 1)
+    stored = service.job(job_id)
+    assert stored["results"] == {
+        id_: None if id_ == "a" else f"answer to: {text}" for id_, text in data.items()
+    }
+    assert stored["errors"] == {
+        "a": {
+            "code": "interrupted",
+            "message": "the service itself failed 5 times while this task was asked",
+            "attempts": 0,
+        }
+    }
+    (message,) = receiver.wait_for(1)
+    assert json.loads(message.body)["data"]["errors"] == stored["errors"]
+    asked = Counter(call.user_text for call in upstream.calls())
+    assert asked == {**dict.fromkeys(data.values(), 1), "deadly": 6}
+    upstream.clear_faults()
+    assert service.post(f"/jobs/{job_id}/retry", service.admin).status_code == 202
+    assert service.wait_finished(job_id)["status"] == "succeeded"
+
+
+def counts(service: Service, job_id: str) -> dict[str, int]:
+    of_job: dict[str, int] = service.job(job_id, results=False)["counts"]
+    return of_job
+
+
+def stops(service: Service) -> bool:
+    try:
+        return service.get("/readyz").status_code == 503
+    except requests.ConnectionError:
+        return True
+
+
+def wait_until_asked(upstream: Upstream, text: str, times: int) -> None:
+    deadline_s = time.monotonic() + 20.0
+    while sum(call.user_text == text for call in upstream.calls()) < times:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)

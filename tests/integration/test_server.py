@@ -5,10 +5,11 @@ import json
 import os
 import signal
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,18 @@ def test_bad_start_is_refused_in_one_line(
     outcome = service.run_once(env)
 
     assert_refused(outcome, word)
+
+
+def test_database_of_a_newer_version_is_refused(service: Service) -> None:
+    service.terminate()
+    with closing(sqlite3.connect(service.data_dir / "gpt-worker.sqlite3")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+
+    status, stderr = service.run_once()
+
+    assert status == 2
+    assert stderr.splitlines()[-1].startswith("gpt-worker: the database ")
+    assert "newer gpt-worker" in stderr
 
 
 def test_second_server_on_the_same_data_is_refused_in_one_line(shared: Service) -> None:
@@ -224,14 +237,16 @@ def test_clients_that_go_silent_do_not_slow_the_others(shared: Service, count: i
 
 
 @pytest.mark.parametrize(
-    ("length", "answer"),
+    ("path", "length", "answer"),
     [
-        pytest.param(1000, b"", id="small"),
-        pytest.param(100_000, b"HTTP/1.1 503", id="large"),
+        pytest.param("/login", 1000, b"", id="small"),
+        pytest.param("/jobs", 100_000, b"HTTP/1.1 503", id="large"),
     ],
 )
-def test_200_dripping_bodies_do_not_slow_the_others(shared: Service, length: int, answer: bytes) -> None:
-    head = b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+def test_200_dripping_bodies_do_not_slow_the_others(
+    shared: Service, path: str, length: int, answer: bytes
+) -> None:
+    head = post_head(path, f"Authorization: Bearer {shared.admin}")
     with ExitStack() as stack:
         drips = [
             stack.enter_context(connect(shared, head + b"Content-Length: %d\r\n\r\n{" % length))
@@ -251,12 +266,88 @@ def test_200_dripping_bodies_do_not_slow_the_others(shared: Service, length: int
     assert last == answer
 
 
+def post_head(path: str, *headers: str) -> bytes:
+    """The head of a request with JSON, but for its end and what tells of its body."""
+    lines = [f"POST {path} HTTP/1.1", "Host: x", "Content-Type: application/json", *headers]
+    return "".join(f"{line}\r\n" for line in lines).encode()
+
+
 def received_so_far(sock: socket.socket) -> bytes:
     sock.setblocking(False)
     try:
         return sock.recv(12)
     except BlockingIOError:
         return b""
+
+
+MUCH = b"Content-Length: 15000000\r\n\r\n{"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n"
+SIGNED = ("webhook-id: msg_1", "webhook-timestamp: 1", "webhook-signature: v1,none-of-ours")
+AWAITED = b"Content-Length: 9\r\nExpect: 100-continue\r\n\r\n{"
+
+
+@pytest.mark.parametrize("path", ["/login", "/register"])
+def test_large_body_is_refused_before_it_comes_where_none_is_taken(shared: Service, path: str) -> None:
+    began_s = time.monotonic()
+
+    reply = exchange(shared, post_head(path) + MUCH)
+
+    assert time.monotonic() - began_s < 4.0
+    assert_problem(reply, 413)
+    assert b"65536 bytes" in reply
+
+
+def test_chunked_body_is_refused_when_it_gets_large_where_none_is_taken(shared: Service) -> None:
+    reply = exchange(shared, post_head("/login") + CHUNKED + b"11000\r\n" + b" " * 0x11000 + b"\r\n")
+
+    assert_problem(reply, 413)
+
+
+@pytest.mark.parametrize("path", ["/jobs", "/task"])
+@pytest.mark.parametrize("body", [MUCH, CHUNKED, AWAITED], ids=["long", "chunked", "awaited"])
+def test_job_of_a_stranger_is_refused_before_it_comes(shared: Service, path: str, body: bytes) -> None:
+    began_s = time.monotonic()
+
+    reply = exchange(shared, post_head(path, "Authorization: Bearer none-of-ours") + body)
+
+    assert time.monotonic() - began_s < 4.0
+    assert_problem(reply.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n"), 401)
+
+
+@pytest.mark.parametrize("path", ["/login", "/"])
+@pytest.mark.parametrize("body", [MUCH, CHUNKED, AWAITED], ids=["long", "chunked", "awaited"])
+def test_drips_of_strangers_leave_the_threads_to_users(shared: Service, path: str, body: bytes) -> None:
+    token = shared.admin
+    with ExitStack() as stack:
+        for _ in range(130):
+            stack.enter_context(connect(shared, post_head(path, *SIGNED) + body))
+        time.sleep(0.5)
+
+        replies = [shared.submit(["x" * 100_000], token=token, prefer="respond-async") for _ in range(3)]
+
+    assert [reply.status_code for reply in replies] == [202] * 3
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        pytest.param(b"", id="silent"),
+        pytest.param(b"GET /healthz HTTP/1.1\r\nHost: x\r\n", id="half a head"),
+        pytest.param(b"POST /login HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n{", id="half a body"),
+        pytest.param(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n", id="idle"),
+    ],
+)
+def test_whole_request_gets_in_where_those_that_do_nothing_took_all_connections(
+    tmp_path: Path, upstream: Upstream, sent: bytes
+) -> None:
+    few = {"GUNICORN_CMD_ARGS": "--worker-connections 250"}
+    with Service(tmp_path, few, upstream) as service, ExitStack() as stack:
+        for _ in range(400):
+            stack.enter_context(connect(service, sent))
+
+        slowest_s = max(health_takes_s(service) for _ in range(5))
+
+    assert slowest_s < 2.0
 
 
 def test_200_slow_readers_do_not_slow_the_others(service: Service) -> None:
@@ -373,6 +464,26 @@ def test_malformed_request_is_a_problem(shared: Service, status: int, sent: byte
     reply = exchange(shared, sent)
 
     assert_problem(reply, status)
+
+
+@pytest.mark.parametrize("prefix", [b"/x", b"/health"])
+def test_no_header_moves_the_service_to_another_path(shared: Service, prefix: bytes) -> None:
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+
+    reply = exchange(shared, head + b"Script_Name: " + prefix + b"\r\n\r\n")
+
+    assert reply.startswith(b"HTTP/1.1 200 ")
+
+
+@pytest.mark.parametrize("name", [b"Script_Name", b"Path_Info", b"SCRIPT_NAME", b"PATH_INFO"])
+def test_forged_forwarder_header_changes_nothing(shared: Service, name: bytes) -> None:
+    head = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+
+    plain = exchange(shared, head + b"\r\n")
+    forged = exchange(shared, head + name + b": /openapi.json\r\n\r\n")
+
+    assert plain.startswith(b"HTTP/1.1 200 ")
+    assert forged.partition(b"\r\n\r\n")[2] == plain.partition(b"\r\n\r\n")[2]
 
 
 def test_request_line_of_8000_bytes_is_served(shared: Service) -> None:

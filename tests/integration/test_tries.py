@@ -88,6 +88,28 @@ def results_bytes(service: Service) -> int:
         return int(database.execute("SELECT results_bytes FROM jobs").fetchone()[0])
 
 
+@pytest.mark.slow
+def test_many_large_answers_at_once_fit_into_memory(tmp_path: Path, upstream: Upstream) -> None:
+    upstream.add_fault(Fault(kind=FaultKind.HUGE_BODY, times=None, size_bytes=15 << 20))
+    with Service(tmp_path, {"GPT_THREADS_PER_KEY": "64"}, upstream) as service:
+        before_mib = most_memory_mib(service)
+
+        job = service.submit([f"task {number}" for number in range(48)], prefer="respond-async").json()
+        service.wait_until(
+            lambda: service.job(job["id"], results=False)["finished_at"] is not None, timeout_s=90
+        )
+
+        assert service.job(job["id"], results=False)["counts"]["answered"] == 48
+        assert most_memory_mib(service) - before_mib < 450
+
+
+def most_memory_mib(service: Service) -> int:
+    """The most that the process that serves has had in memory."""
+    (worker,) = Path(f"/proc/{service.pid}/task/{service.pid}/children").read_text().split()
+    status = Path(f"/proc/{worker}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) >> 10
+
+
 def test_good_check_does_not_call_an_empty_key_full(service: Service, upstream: Upstream) -> None:
     def states() -> set[str]:
         return {key["state"] for key in service.get("/keys", service.admin).json()["data"]}

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import re
 import socket
 import sqlite3
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import requests
 
+from gpt_worker.places import Places
 from tests.service import Env, Service
 from tests.upstream import Upstream
 
@@ -273,7 +275,7 @@ BAD_FILES: dict[str, tuple[str, bytes, dict[str, str], int, str]] = {
     ),
     "missing column": (CSV, b"id,prompt\na,s3cr3t-v4lue\n", {}, 422, "line.1.text"),
     "too many cells": (CSV, b"id,text\na,b,s3cr3t-v4lue\n", {}, 422, "line.2"),
-    "equal ids": (CSV, b"id,text\na,b\na,s3cr3t-v4lue\n", {}, 422, "'a' is given twice (line 3)"),
+    "equal ids": (CSV, b"id,text\na,b\na,s3cr3t-v4lue\n", {}, 422, "line.3.id: the id 'a' is given twice"),
     "CP1251": (CSV, "id,text\nа,Привіт\n".encode("cp1251"), {}, 400, "Line 2 is not UTF-8"),
     "CP1251 JSONL": (JSONL, '{"text": "Привіт"}'.encode("cp1251"), {}, 400, "Line 1 is not UTF-8"),
     "NUL": (CSV, b"text\na\0b\n", {}, 400, "Line 2"),
@@ -494,19 +496,30 @@ def test_upload_that_ends_at_a_line_but_too_early_is_no_job(service: Service) ->
     assert reply.startswith(b"HTTP/1.1 400")
 
 
+def free_places(service: Service) -> int:
+    found = re.search(r"^gpt_worker_held_places_free (\d+)", service.get("/metrics").text, re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
 @pytest.mark.usefixtures("nothing_stays")
-def test_uploads_over_the_budget_are_told_to_come_back(service: Service) -> None:
+@pytest.mark.parametrize("kind", [JSONL, "application/json"])
+def test_uploads_over_the_budget_are_told_to_come_back(service: Service, kind: str) -> None:
+    wait_until(lambda: free_places(service) == Places().total)
+    head = request_head(service, 100_000).replace(JSONL.encode(), kind.encode())
     with contextlib.ExitStack() as held:
         clients = [
             held.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=10))
-            for _ in range(96)
+            for _ in range(Places().most_each)
         ]
         with ThreadPoolExecutor(8) as pool:
-            [*pool.map(lambda client: client.sendall(request_head(service, 100_000)), clients)]
-        wait_until(lambda: upload(service, TWO, params=DRY_RUN).status_code == 503)
+            [*pool.map(lambda client: client.sendall(head), clients)]
+        wait_until(lambda: free_places(service) == Places().total - Places().most_each)
+
         reply = upload(service, TWO, params=DRY_RUN)
 
         assert_problem(reply, 503)
         assert int(reply.headers["Retry-After"]) > 0
         assert service.get("/healthz").status_code == 200
-    wait_until(lambda: upload(service, TWO, params=DRY_RUN).status_code == 200)
+    wait_until(lambda: free_places(service) == Places().total)
+    assert upload(service, TWO, params=DRY_RUN).status_code == 200

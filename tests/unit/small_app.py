@@ -32,6 +32,9 @@ class FakeClock:
     def __call__(self) -> datetime:
         return self.now
 
+    def now_s(self) -> float:
+        return self.now.timestamp()
+
     def advance(self, seconds: float) -> None:
         self.now += timedelta(seconds=seconds)
 
@@ -64,7 +67,7 @@ class SmallApp:
             db.create_all()
         self.clock = FakeClock()
         self.modes = ModeBoard(self.database)
-        self.accounts = Accounts(self.database, self.settings, self.modes, self.clock)
+        self.accounts = Accounts(self.database, self.settings, self.modes, self.clock, self.clock.now_s)
         self.app.extensions["gpt_worker"] = SimpleNamespace(
             settings=self.settings, database=self.database, modes=self.modes, accounts=self.accounts
         )

@@ -140,7 +140,7 @@ def test_stranger_is_refused_before_the_body_is_looked_at(
     def refuse(*_arguments: object) -> None:
         raise AssertionError("the body was looked at")
 
-    monkeypatch.setattr(StrictRequest, "_read", refuse)
+    monkeypatch.setattr(StrictRequest, "json_pieces", refuse)
 
     reply = small.client.post("/tokens", data=b"{broken", content_type="application/json")
 
@@ -157,6 +157,16 @@ def test_options_is_not_answered_for_strangers(small: SmallApp, path: str) -> No
 
 def test_head_needs_what_get_needs(small: SmallApp) -> None:
     assert small.client.head("/USER").status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/PUBLIC", "/settings", "/USER", "/nowhere"])
+def test_every_reply_is_kept_out_of_caches_frames_and_scripts(small: SmallApp, path: str) -> None:
+    reply = small.client.get(path)
+
+    assert reply.headers["Cache-Control"] == "no-store"
+    assert reply.headers["X-Content-Type-Options"] == "nosniff"
+    assert reply.headers["Referrer-Policy"] == "no-referrer"
+    assert reply.headers["Content-Security-Policy"] == "default-src 'none'; frame-ancestors 'none'"
 
 
 def test_double_slash_is_a_404_and_no_redirect(small: SmallApp) -> None:

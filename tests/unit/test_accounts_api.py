@@ -95,6 +95,20 @@ def test_locked_address_is_a_429_with_retry_after(small: SmallApp) -> None:
     assert reply.headers["Retry-After"] == "1"
 
 
+def test_earlier_token_lets_the_owner_in_while_strangers_guess(small: SmallApp) -> None:
+    earlier = small.register()
+    small.request("POST", "/logout", earlier)
+    for _ in range(5):
+        small.client.post("/login", json={"email": EMAIL, "password": "wrong"})
+
+    replies = [
+        small.request("POST", "/login", token, json={"email": EMAIL, "password": PASSWORD})
+        for token in (None, "no-token", earlier)
+    ]
+
+    assert [reply.status_code for reply in replies] == [429, 429, 200]
+
+
 def test_logout_revokes_the_token(small: SmallApp) -> None:
     token = small.register()
 

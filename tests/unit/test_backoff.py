@@ -60,12 +60,28 @@ def test_trouble_of_nobody_is_tried_elsewhere_and_at_the_front() -> None:
     assert (decision.elsewhere, decision.place, decision.tries) == (True, Place.FRONT, Tries(attempts=1))
 
 
-def test_second_call_that_ran_into_the_deadline_is_the_last() -> None:
-    first, second = decisions(TIMEOUT, 10)
+def test_third_call_that_ran_into_the_deadline_is_the_last() -> None:
+    first, second, third = decisions(TIMEOUT, 10)
 
     assert isinstance(first, Again)
-    assert isinstance(second, GivenUp)
-    assert (second.attempts, second.failure.code) == (2, ErrorCode.TIMEOUT)
+    assert isinstance(second, Again)
+    assert isinstance(third, GivenUp)
+    assert (third.attempts, third.failure.code) == (3, ErrorCode.TIMEOUT)
+
+
+@pytest.mark.parametrize(("took_s", "wait_s"), [(0.0, 0.5), (0.2, 0.3), (4.0, 0.0)])
+def test_backoff_counts_from_the_start_of_the_call(took_s: float, wait_s: float) -> None:
+    decision = decide(factories.problem(), Tries(), 0.5, took_s)
+
+    assert isinstance(decision, Again)
+    assert decision.wait_s == pytest.approx(wait_s)
+
+
+def test_wait_that_the_endpoint_asks_for_counts_from_its_reply() -> None:
+    decision = decide(factories.problem(retry_after_s=5.0), Tries(), 0.5, 4.0)
+
+    assert isinstance(decision, Again)
+    assert decision.wait_s == 5.0
 
 
 def test_timeouts_count_apart_from_other_trouble() -> None:
@@ -91,10 +107,11 @@ def test_trouble_of_the_key_costs_the_task_nothing(kind: ProblemKind) -> None:
     assert decision == Again(0.0, Place.FRONT, tries, elsewhere=True)
 
 
-def test_request_in_another_form_costs_the_task_nothing() -> None:
+@pytest.mark.parametrize("kind", [ProblemKind.RESENT, ProblemKind.PACK_REFUSED])
+def test_request_in_another_form_costs_the_task_nothing(kind: ProblemKind) -> None:
     tries = Tries(attempts=4)
 
-    decision = again(factories.problem(kind=ProblemKind.RESENT), tries)
+    decision = again(factories.problem(kind=kind), tries)
 
     assert decision == Again(0.0, Place.FRONT, tries, elsewhere=False)
 
@@ -158,6 +175,7 @@ def test_tries_are_never_forgotten() -> None:
         (ProblemKind.STALE, False),
         (ProblemKind.RATE_LIMITED, True),
         (ProblemKind.FINAL, True),
+        (ProblemKind.PACK_REFUSED, True),
     ],
 )
 def test_some_trouble_shows_that_the_key_is_good(kind: ProblemKind, shows: bool) -> None:

@@ -171,4 +171,15 @@ def test_answers_are_checked_one_by_one() -> None:
 def test_scenarios_have_the_names_that_the_command_takes() -> None:
     names = [scenario.name for scenario in SCENARIOS]
 
-    assert names == ["overhead", "limits", "faults", "fairness", "packing", "growth", "edges"]
+    assert names == [
+        "overhead",
+        "limits",
+        "faults",
+        "fairness",
+        "packing",
+        "growth",
+        "edges",
+        "million",
+        "crowd",
+        "databases",
+    ]

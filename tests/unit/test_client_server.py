@@ -45,7 +45,7 @@ def refused(made: requests.Response, *, has_token: bool = True) -> ClientError:
         (413, 2, "refuses this (413): Because."),
         (415, 2, "refuses this (415): Because."),
         (422, 2, "refuses this (422): Because."),
-        (429, 6, "the server is busy: Because."),
+        (429, 6, "refused for now: Because."),
         (500, 6, "the server failed (500): Because."),
         (503, 6, "the server is busy: Because."),
         (507, 6, "the server failed (507): Because."),
@@ -93,6 +93,14 @@ def test_retry_after_is_heeded_in_seconds(header: Any, retry_after_s: float | No
 
     assert isinstance(error, Busy)
     assert error.retry_after_s == retry_after_s
+
+
+def test_limit_of_a_user_is_told_with_the_wait() -> None:
+    error = refused(reply(429, "there are 1000 unfinished jobs of yours", Retry_After="30"))
+
+    assert isinstance(error, Busy)
+    assert str(error) == "refused for the next 30 s: there are 1000 unfinished jobs of yours"
+    assert error.retry_after_s == 30
 
 
 def test_sentence_of_a_server_moves_no_cursor() -> None:

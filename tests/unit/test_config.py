@@ -44,6 +44,8 @@ def test_defaults_are_those_of_the_contract(env: dict[str, str], tmp_path: Path)
     assert (settings.threads_per_key, settings.call_deadline_s, settings.inline_wait_s) == (64, 300, 300)
     assert (settings.max_json_bytes, settings.max_upload_bytes) == (16 << 20, 1 << 30)
     assert (settings.max_tasks, settings.retain_days, settings.model) == (2_000_000, 30, DEFAULT_MODEL)
+    assert (settings.max_user_jobs, settings.max_user_tasks) == (1000, 10_000_000)
+    assert settings.max_user_requests_per_minute == 6000
     assert settings.request_api == settings.public_url == "http://127.0.0.1:3333"
     assert settings.database_url == f"sqlite:///{tmp_path}/data/gpt-worker.sqlite3"
     assert [key.base_url for key in settings.api_keys] == [OPENAI_BASE_URL] * 2
@@ -99,6 +101,10 @@ def test_default_model_is_not_deprecated() -> None:
         ("MAX_JSON_BYTES", "16MB", "MAX_JSON_BYTES"),
         ("MAX_UPLOAD_BYTES", "2000GiB", "MAX_UPLOAD_BYTES"),
         ("MAX_TASKS", "0", "MAX_TASKS"),
+        ("MAX_USER_JOBS", "-1", "MAX_USER_JOBS"),
+        ("MAX_USER_JOBS", "many", "MAX_USER_JOBS"),
+        ("MAX_USER_TASKS", "1000000001", "MAX_USER_TASKS"),
+        ("MAX_USER_REQUESTS_PER_MINUTE", "0.5", "MAX_USER_REQUESTS_PER_MINUTE"),
         ("RETAIN_DAYS", "-1", "RETAIN_DAYS"),
         ("REQUEST_API", "http://example.org:99999", "REQUEST_API"),
         ("REQUEST_API", "http://[::1", "REQUEST_API"),
@@ -130,7 +136,10 @@ def test_default_model_is_not_deprecated() -> None:
         ("DB_DATABASE", "jobs.sqlite3?mode=ro", "DB_DATABASE"),
         ("DB_DATABASE", ":memory:", "DB_DATABASE"),
         ("DB_DATABASE", "file:jobs.sqlite3", "DB_DATABASE"),
-        ("DRIVE_DISK", "s3", "DRIVE_DISK"),
+        ("DRIVE_DISK", "s3", "S3_BUCKET"),
+        ("DRIVE_DISK", "azure", "AZURE_CONTAINER"),
+        ("DRIVE_DISK", "custom", "DRIVE_URL"),
+        ("DRIVE_DISK", "gcs", "DRIVE_DISK"),
         ("S3_BUCKET", "hunter2-bucket", "S3_BUCKET"),
         ("GCS_KEY_FILENAME", "/etc/hunter2", "GCS_KEY_FILENAME"),
         ("AZURE_CONNECTION_STRING", "hunter2;secret", "AZURE_CONNECTION_STRING"),
@@ -175,6 +184,96 @@ def test_settings_that_do_not_go_together_are_named(
     env: dict[str, str], tmp_path: Path, changes: dict[str, str], key: str
 ) -> None:
     assert key in refusal({**env, **changes}, tmp_path)
+
+
+S3 = {"DRIVE_DISK": "s3", "S3_BUCKET": "jobs", "S3_KEY": "a-key", "S3_SECRET": "hunter2-secret"}
+GCS = {"DRIVE_DISK": "google-cloud", "GCS_BUCKET": "jobs", "GCS_KEY_FILENAME": "/etc/gcs.json"}
+ACCOUNT = "AccountName=me;AccountKey=hunter2==;EndpointSuffix=core.windows.net"
+AZURE = {"DRIVE_DISK": "azure", "AZURE_CONTAINER": "jobs", "AZURE_CONNECTION_STRING": ACCOUNT}
+CUSTOM = {"DRIVE_DISK": "custom", "DRIVE_URL": "sftp://me:hunter2@host/jobs"}
+
+
+@pytest.mark.parametrize("drive", [{}, {"DRIVE_DISK": "local"}, S3, GCS, AZURE, CUSTOM])
+def test_each_drive_takes_its_own_settings(
+    env: dict[str, str], tmp_path: Path, drive: dict[str, str]
+) -> None:
+    settings = read({**env, **drive}, tmp_path)
+
+    own = {name: value for name, value in drive.items() if name != "DRIVE_DISK"}
+    assert (settings.drive.disk, settings.drive.values) == (drive.get("DRIVE_DISK", "local"), own)
+    assert "hunter2" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("drive", "changes", "key"),
+    [
+        (S3, {"S3_BUCKET": ""}, "S3_BUCKET"),
+        (S3, {"S3_KEY": ""}, "S3_KEY"),
+        (S3, {"S3_SECRET": ""}, "S3_SECRET"),
+        (S3, {"S3_BUCKET": "s3://hunter2/jobs"}, "S3_BUCKET"),
+        (S3, {"S3_SECRET": "hunter2 secret"}, "S3_SECRET"),
+        (S3, {"S3_ENDPOINT": "hunter2.example.org"}, "S3_ENDPOINT"),
+        (S3, {"S3_ENDPOINT": "https://me:hunter2@example.org"}, "S3_ENDPOINT"),
+        (S3, {"GCS_BUCKET": "hunter2"}, "GCS_BUCKET"),
+        (S3, {"DRIVE_DISK": "local"}, "S3_BUCKET"),
+        (S3, {"DRIVE_DISK": ""}, "S3_BUCKET"),
+        (GCS, {"GCS_BUCKET": ""}, "GCS_BUCKET"),
+        (GCS, {"GCS_KEY_FILENAME": ""}, "GCS_KEY_FILENAME"),
+        (GCS, {"GCS_KEY_FILENAME": "~no-such-user/hunter2"}, "GCS_KEY_FILENAME"),
+        (GCS, {"GCS_ENDPOINT": "hunter2"}, "GCS_ENDPOINT"),
+        (AZURE, {"AZURE_CONTAINER": ""}, "AZURE_CONTAINER"),
+        (AZURE, {"AZURE_CONNECTION_STRING": ""}, "AZURE_CONNECTION_STRING"),
+        (AZURE, {"AZURE_CONNECTION_STRING": "hunter2"}, "AZURE_CONNECTION_STRING"),
+        (AZURE, {"AZURE_CONNECTION_STRING": "AccountKey=hunter2"}, "AZURE_CONNECTION_STRING"),
+        (AZURE, {"S3_KEY": "hunter2"}, "S3_KEY"),
+        (CUSTOM, {"DRIVE_URL": ""}, "DRIVE_URL"),
+        (CUSTOM, {"DRIVE_URL": "/srv/hunter2"}, "DRIVE_URL"),
+        (CUSTOM, {"DRIVE_URL": "sftp://me:hunter2 @host"}, "DRIVE_URL"),
+        (CUSTOM, {"AZURE_CONTAINER": "hunter2"}, "AZURE_CONTAINER"),
+    ],
+)
+def test_drive_settings_that_do_not_go_together_are_named(
+    env: dict[str, str], tmp_path: Path, drive: dict[str, str], changes: dict[str, str], key: str
+) -> None:
+    message = refusal({**env, **drive, **changes}, tmp_path)
+
+    assert message.startswith(key)
+    assert "\n" not in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    ("drive", "extra"),
+    [
+        ({}, None),
+        (S3, "s3"),
+        (GCS, "google-cloud"),
+        (AZURE, "azure"),
+        (CUSTOM, None),
+        ({**CUSTOM, "DRIVE_URL": "s3://jobs"}, "s3"),
+        ({**CUSTOM, "DRIVE_URL": "gs://jobs/results"}, "google-cloud"),
+        ({**CUSTOM, "DRIVE_URL": "abfs://jobs@me.dfs.core.windows.net"}, "azure"),
+    ],
+)
+def test_a_drive_tells_the_extra_that_has_its_driver(
+    env: dict[str, str], tmp_path: Path, drive: dict[str, str], extra: str | None
+) -> None:
+    assert read({**env, **drive}, tmp_path).drive.extra == extra
+
+
+def test_a_google_emulator_needs_no_key(env: dict[str, str], tmp_path: Path) -> None:
+    drive = {**GCS, "GCS_KEY_FILENAME": "", "GCS_ENDPOINT": "http://127.0.0.1:4443/"}
+
+    assert read({**env, **drive}, tmp_path).drive.values["GCS_ENDPOINT"] == "http://127.0.0.1:4443"
+
+
+def test_zero_is_no_limit_of_a_user(env: dict[str, str], tmp_path: Path) -> None:
+    env |= dict.fromkeys(("MAX_USER_JOBS", "MAX_USER_TASKS", "MAX_USER_REQUESTS_PER_MINUTE"), "0")
+
+    settings = read(env, tmp_path)
+
+    assert (settings.max_user_jobs, settings.max_user_tasks) == (None, None)
+    assert settings.max_user_requests_per_minute is None
 
 
 def test_every_key_may_have_an_endpoint_of_its_own(env: dict[str, str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from gpt_worker.deliveries import (
     Verdict,
     judge,
     next_wait_s,
+    origin_of,
     read_retry_after_s,
 )
 from gpt_worker.domain import DeliveryStatus
@@ -86,6 +87,18 @@ def test_last_attempt_gives_up() -> None:
 )
 def test_retry_after_is_seconds_or_a_date(header: str | None, seconds: float | None) -> None:
     assert read_retry_after_s(header, NOW) == seconds
+
+
+@pytest.mark.parametrize(
+    ("url", "origin"),
+    [
+        ("http://receiver:8000/hook?a=b", "http://receiver:8000"),
+        ("https://user:p@ss@Receiver.example.org/other", "https://receiver.example.org"),
+        ("http://[::1]:8443", "http://[::1]:8443"),
+    ],
+)
+def test_origin_is_scheme_host_and_port_alone(url: str, origin: str) -> None:
+    assert origin_of(url) == origin
 
 
 @pytest.mark.parametrize(

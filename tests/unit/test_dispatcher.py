@@ -10,15 +10,19 @@ import pytest
 from sqlalchemy import text
 
 from config import ApiKey
-from gpt_worker import dispatcher as dispatcher_module
+from gpt_worker import dispatcher, feeder
 from gpt_worker.backoff import ProblemKind
 from gpt_worker.db import Database
 from gpt_worker.dispatcher import Dispatcher
-from gpt_worker.domain import ErrorCode, Failure, JobSettings, JobStatus, Prompt, Usage
-from gpt_worker.gpt import Endpoint, Reply
+from gpt_worker.domain import Answer, ErrorCode, Failure, JobSettings, JobStatus, Prompt, Usage
+from gpt_worker.flights import SLOT_BYTES, Flights
+from gpt_worker.gpt import Answers, Endpoint, Reply
+from gpt_worker.keys import KeyBoard
 from gpt_worker.lanes import Lane, LaneState
 from gpt_worker.models import JobRow
+from gpt_worker.rate_limit import Bound
 from gpt_worker.recorder import Recorder
+from gpt_worker.settling import share_out
 from gpt_worker.store import jobs as job_store
 from gpt_worker.store import tasks as task_store
 from gpt_worker.store.tasks import TaskResult
@@ -30,7 +34,7 @@ CANCELLED = Failure(ErrorCode.CANCELLED, "the job was cancelled")
 HOUR_S = 3600.0
 ACME: dict[str, Any] = {"organization": "acme", "project": "one"}
 
-Say = Callable[[str], Reply]
+Say = Callable[[str], Reply[Answer]]
 
 
 class FakeEndpoint(Endpoint):
@@ -44,12 +48,18 @@ class FakeEndpoint(Endpoint):
         self._open.set()
         self._permits = threading.Semaphore(0)
 
-    def ask(self, model: str, settings: JobSettings, prompt: Prompt, deadline_s: float) -> Reply:
+    def ask(self, model: str, settings: JobSettings, prompt: Prompt, deadline_s: float) -> Reply[Answer]:
         assert isinstance(prompt, str)
         self.prompts.append(prompt.removeprefix("task "))
         while not self._open.is_set() and not self._permits.acquire(timeout=0.005):
             pass
         return self.say(prompt.removeprefix("task "))
+
+    def ask_pack(
+        self, model: str, settings: JobSettings, prompts: Sequence[Prompt], deadline_s: float
+    ) -> Reply[Answers]:
+        replies = [self.ask(model, settings, prompt, deadline_s) for prompt in prompts]
+        return Reply([reply.result.text for reply in replies if isinstance(reply.result, Answer)])
 
     def cut(self) -> None:
         self.was_cut = True
@@ -67,7 +77,7 @@ class FakeEndpoint(Endpoint):
         self._open.set()
 
 
-def answers(prompt: str) -> Reply:
+def answers(prompt: str) -> Reply[Answer]:
     return factories.reply(text=f"answer to {prompt}")
 
 
@@ -75,11 +85,11 @@ def meets(kind: ProblemKind, **fields: Any) -> Say:
     return lambda _prompt: factories.trouble(kind=kind, **fields)
 
 
-def in_turn(*replies: Reply) -> Say:
+def in_turn(*replies: Reply[Answer]) -> Say:
     """These replies first, good answers then."""
     left, lock = list(replies), threading.Lock()
 
-    def say(prompt: str) -> Reply:
+    def say(prompt: str) -> Reply[Answer]:
         with lock:
             return left.pop(0) if left else answers(prompt)
 
@@ -95,19 +105,23 @@ class Stand:
         says: Sequence[Say],
         *,
         max_threads: int = 1,
+        max_in_flight: int | None = None,
         clock: FakeClock | None = None,
         jitter: float = 0.0,
     ) -> None:
         self.database = database
         self.endpoints = [FakeEndpoint(say) for say in says]
         self.ended: list[tuple[str, int]] = []
+        self.flights = database.path.with_name("in-flight")
         self.recorder = Recorder(database, "http://127.0.0.1:9")
         self.recorder.on_ended = self._ended
         self.dispatcher = Dispatcher(
             database,
             self.recorder,
             lambda lock: [self._lane(number, max_threads, lock) for number in range(len(says))],
+            flights=Flights(self.flights),
             call_deadline_s=5.0,
+            max_in_flight=max_in_flight,
             now_s=clock or time.monotonic,
             jitter=lambda: jitter,
         )
@@ -150,6 +164,10 @@ class Stand:
 
     def codes(self, job: JobRow) -> list[str | None]:
         return [task.error_code for task in self.results(job)]
+
+    def in_flight(self) -> dict[tuple[str, int], set[int]]:
+        """What the next start would find, if this process crashed now."""
+        return Flights(self.flights).left_behind()
 
     def loaded(self, job: JobRow) -> bool:
         """Whether the job's tasks are in memory."""
@@ -215,7 +233,7 @@ def test_every_task_is_answered_once(build: Build, lanes: int, max_threads: int)
 
 def test_job_larger_than_a_page_goes_through_in_order(build: Build) -> None:
     stand = build(answers)
-    job = store(stand, tasks=3 * dispatcher_module.PAGE_TASKS // 2)
+    job = store(stand, tasks=3 * feeder.PAGE_TASKS // 2)
 
     stand.start(job)
     stand.wait_end(job)
@@ -256,7 +274,42 @@ def test_cold_key_has_one_call_in_flight(build: Build) -> None:
 
     stand.endpoints[0].let_go()
 
-    eventually(lambda: [len(endpoint.prompts) for endpoint in stand.endpoints] == [3, 1])
+    eventually(lambda: [len(endpoint.prompts) for endpoint in stand.endpoints] == [5, 1])
+
+
+def test_key_that_has_told_its_limits_fills_its_threads(build: Build) -> None:
+    limits = factories.headers(requests=(60_000, 59_000, 1.0))
+    stand = build(lambda _prompt: factories.reply(limits=limits), max_threads=24)
+    stand.endpoints[0].hold()
+    stand.start(store(stand, tasks=100))
+    eventually(lambda: len(stand.prompts) == 1)
+
+    stand.endpoints[0].let_go()
+
+    eventually(lambda: stand.lanes[0].in_flight == 24, "every thread's call")
+    assert len(stand.prompts) == 25
+    [report] = KeyBoard(stand.dispatcher, MODEL).reports()
+    assert (report.threads, report.bound_by) == (24, Bound.THREADS)
+
+
+def test_no_more_calls_are_in_flight_over_all_keys_than_may_be(build: Build) -> None:
+    stand = build(answers, answers, answers, max_threads=8, max_in_flight=5)
+    job = store(stand, tasks=200)
+    stand.start(warmed := store(stand, tasks=60))
+    stand.wait_end(warmed)
+    for endpoint in stand.endpoints:
+        endpoint.hold()
+
+    stand.dispatcher.add(job)
+
+    eventually(lambda: sum(lane.in_flight for lane in stand.lanes) == 5)
+    eventually(lambda: len(stand.prompts) == 65)
+    reports = KeyBoard(stand.dispatcher, MODEL).reports()
+    assert {report.bound_by for report in reports if report.in_flight} == {Bound.THREADS}
+    for endpoint in stand.endpoints:
+        endpoint.release()
+    stand.wait_end(job)
+    assert len(stand.prompts) == 260
 
 
 def test_next_run_of_a_job_is_shown_to_run(build: Build) -> None:
@@ -370,7 +423,7 @@ def test_keys_of_one_organisation_share_their_exhaustion(build: Build, clock: Fa
         endpoint.release()
     stand.wait_end(first)
     assert stand.lanes[0].group is stand.lanes[1].group
-    exhausted = Reply(factories.problem(kind=ProblemKind.QUOTA_EXHAUSTED), **ACME)
+    exhausted: Reply[Answer] = Reply(factories.problem(kind=ProblemKind.QUOTA_EXHAUSTED), **ACME)
     for endpoint in stand.endpoints:
         endpoint.say = lambda _prompt: exhausted
 
@@ -383,7 +436,9 @@ def test_keys_of_one_organisation_share_their_exhaustion(build: Build, clock: Fa
 
 
 def test_first_reply_of_a_key_rests_the_group_that_it_joins(build: Build, clock: FakeClock) -> None:
-    limited = Reply(factories.problem(kind=ProblemKind.RATE_LIMITED, retry_after_s=100.0), **ACME)
+    limited: Reply[Answer] = Reply(
+        factories.problem(kind=ProblemKind.RATE_LIMITED, retry_after_s=100.0), **ACME
+    )
     stand = build(lambda _prompt: factories.reply(**ACME), lambda _prompt: limited, clock=clock)
     for endpoint in stand.endpoints:
         endpoint.hold()
@@ -401,7 +456,7 @@ def test_first_reply_of_a_key_rests_the_group_that_it_joins(build: Build, clock:
 
 
 def test_whole_group_goes_on_when_its_probe_was_answered(build: Build, clock: FakeClock) -> None:
-    exhausted = Reply(factories.problem(kind=ProblemKind.QUOTA_EXHAUSTED), **ACME)
+    exhausted: Reply[Answer] = Reply(factories.problem(kind=ProblemKind.QUOTA_EXHAUSTED), **ACME)
     stand = build(*[lambda _prompt: exhausted] * 2, clock=clock)
     for endpoint in stand.endpoints:
         endpoint.hold()
@@ -525,7 +580,7 @@ def test_call_that_was_not_the_tasks_fault_is_free(build: Build, kind: ProblemKi
 
 
 def test_task_too_large_for_every_key_is_decided(build: Build) -> None:
-    def say(prompt: str) -> Reply:
+    def say(prompt: str) -> Reply[Answer]:
         return factories.trouble(kind=ProblemKind.TOO_LARGE) if prompt == "t1" else answers(prompt)
 
     stand = build(say, say)
@@ -541,10 +596,11 @@ def test_task_too_large_for_every_key_is_decided(build: Build) -> None:
 def test_large_task_is_passed_over_by_fifty_small_ones_and_goes_next_then(
     build: Build, clock: FakeClock
 ) -> None:
-    limits = factories.headers(tokens=(1000, 100, 54.0))
+    limits = factories.headers(tokens=(1000, 0, 60.0))
     stand = build(in_turn(factories.reply(limits=limits)), clock=clock)
     stand.start(warmed := store(stand, tasks=1))
     stand.wait_end(warmed)
+    clock.advance(6)  # 100 tokens
     large, small = store(stand, ids=["large"], tokens=500), store(stand, tasks=90, tokens=1)
 
     stand.dispatcher.add(large)
@@ -604,7 +660,7 @@ def test_job_stops_when_its_budget_is_used(build: Build) -> None:
 
 
 def test_useless_replies_use_the_budget_too(build: Build) -> None:
-    costly = Reply(factories.problem(kind=ProblemKind.FINAL), Usage(10, 0), told_usage=True)
+    costly: Reply[Answer] = Reply(factories.problem(kind=ProblemKind.FINAL), Usage(10, 0))
     stand = build(lambda _prompt: costly)
     job = store(stand, tasks=20, max_total_tokens=25)
 
@@ -751,7 +807,7 @@ def test_rest_of_a_chunk_gives_way_to_another_user_and_goes_on_in_order(build: B
 
 
 def test_chunk_that_took_too_long_goes_on_in_order(build: Build, clock: FakeClock) -> None:
-    def slow(prompt: str) -> Reply:
+    def slow(prompt: str) -> Reply[Answer]:
         clock.advance(1.5)
         return answers(prompt)
 
@@ -780,10 +836,10 @@ def test_chunk_of_a_key_that_must_rest_goes_to_the_others(build: Build) -> None:
 
 
 def test_bug_in_a_call_loses_nothing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher_module, "RETRY_READ_S", 0.01)
+    monkeypatch.setattr(dispatcher, "AFTER_BUG_S", 0.01)
     bugs = iter([True, False, True])
 
-    def buggy(prompt: str) -> Reply:
+    def buggy(prompt: str) -> Reply[Answer]:
         if next(bugs, False):
             raise RuntimeError("a bug")
         return answers(prompt)
@@ -800,7 +856,7 @@ def test_bug_in_a_call_loses_nothing(build: Build, monkeypatch: pytest.MonkeyPat
 
 
 def test_task_that_always_runs_into_a_bug_is_given_up(build: Build) -> None:
-    def buggy(prompt: str) -> Reply:
+    def buggy(prompt: str) -> Reply[Answer]:
         if prompt == "t0":
             raise RuntimeError("a bug")
         return answers(prompt)
@@ -884,3 +940,201 @@ def test_endpoint_that_is_away_is_waited_for(build: Build) -> None:
     stand.dispatcher.lane_up(stand.lanes[0], stand.endpoints[0], "http://127.0.0.1:9/v1")
 
     stand.wait_end(job)
+
+
+# What a crash would leave
+
+
+def test_calls_in_flight_are_noted_until_they_come_back(build: Build) -> None:
+    stand = build(answers, answers)
+    for endpoint in stand.endpoints:
+        endpoint.hold()
+    job = store(stand, tasks=3)
+    stand.start(job)
+    eventually(lambda: stand.in_flight() == {(job.id, 1): {0, 1}})
+
+    stand.endpoints[0].let_go()
+
+    eventually(lambda: len(stand.prompts) == 3)
+    assert stand.in_flight() in ({(job.id, 1): {0, 2}}, {(job.id, 1): {1, 2}})
+    for endpoint in stand.endpoints:
+        endpoint.release()
+    stand.wait_end(job)
+    assert stand.in_flight() == {}
+
+
+def test_task_that_is_asked_again_is_noted_again(build: Build) -> None:
+    stand = build(in_turn(factories.trouble(retry_after_s=0.01)))
+    stand.endpoints[0].hold()
+    job = store(stand)
+    stand.start(job)
+    eventually(lambda: len(stand.prompts) == 1)
+
+    stand.endpoints[0].let_go()
+
+    eventually(lambda: len(stand.prompts) == 2)
+    assert stand.in_flight() == {(job.id, 1): {0}}
+
+
+def test_every_task_of_a_pack_in_flight_is_noted(build: Build) -> None:
+    stand = build(answers)
+    stand.endpoints[0].hold()
+    job = store(stand, tasks=5, pack=True)
+
+    stand.start(job)
+
+    eventually(lambda: len(stand.prompts) == 1)
+    assert stand.in_flight() == {(job.id, 1): {0, 1, 2, 3, 4}}
+    stand.endpoints[0].release()
+    stand.wait_end(job)
+    assert stand.in_flight() == {}
+
+
+def test_loop_that_dies_of_a_bug_leaves_no_call_behind(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = build(answers)
+    monkeypatch.setattr(dispatcher, "AFTER_BUG_S", 0.0)
+    bugs = iter([True])
+
+    def job_started(job_id: str) -> None:
+        if next(bugs, False):
+            raise RuntimeError("a bug")
+
+    monkeypatch.setattr(stand.recorder, "job_started", job_started)
+    job = store(stand, tasks=3)
+    stand.start(job)
+    stand.wait_end(job)
+
+    assert stand.in_flight() == {}
+
+
+@pytest.mark.parametrize("stop", [Dispatcher.stop_taking, Dispatcher.abort])
+def test_stop_that_was_asked_for_is_no_crash_whatever_is_in_flight(
+    build: Build, stop: Callable[[Dispatcher], None]
+) -> None:
+    stand = build(answers)
+    stand.endpoints[0].hold()
+    job = store(stand, tasks=2)
+    stand.start(job)
+    eventually(stand.in_flight)
+
+    stop(stand.dispatcher)
+
+    assert stand.in_flight() == {}
+
+
+def test_calls_beyond_the_bound_of_all_keys_need_no_slot(build: Build) -> None:
+    stand = build(answers, answers, max_threads=8, max_in_flight=3)
+
+    stand.start()
+
+    assert stand.flights.stat().st_size == 4 * SLOT_BYTES
+
+
+# Several keys and models at once
+
+
+def test_task_that_waits_for_tokens_holds_up_its_own_model_alone(build: Build, clock: FakeClock) -> None:
+    full = factories.headers(tokens=(1000, 0, 60.0))
+    stand = build(in_turn(factories.reply(limits=full)), clock=clock)
+    stand.start(warmed := store(stand, tasks=1))
+    stand.wait_end(warmed)
+    large = store(stand, ids=["large"], tokens=900)
+    other = store(stand, tasks=200, tokens=1, model="another-model")
+
+    stand.dispatcher.add(large)
+    stand.dispatcher.add(other)
+
+    stand.wait_end(other)
+    assert "large" not in stand.prompts
+
+
+def test_task_that_failed_on_one_key_does_not_wait_for_another_that_is_spent(
+    build: Build, clock: FakeClock
+) -> None:
+    spent = factories.headers(requests=(200, 0, 86_400.0))
+    stand = build(in_turn(factories.trouble()), answers, clock=clock)
+    limiter = stand.lanes[1].group.limiter(MODEL)
+    limiter.replied(limiter.reserve(1, clock()), spent, clock())  # type: ignore[arg-type]
+    job = store(stand, ids=["hello"])
+
+    stand.start(job)
+    stand.wait_end(job)
+
+    assert [len(endpoint.prompts) for endpoint in stand.endpoints] == [2, 0]
+
+
+def test_machine_without_another_thread_loses_nothing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = build(answers, max_threads=8)
+    submit, refused = stand.lanes[0].executor.submit, list[object]()
+
+    def refuse(*arguments: Any) -> Any:
+        if stand.lanes[0].loops >= 2:
+            refused.append(arguments)
+            raise RuntimeError("can't start new thread")
+        return submit(*arguments)
+
+    monkeypatch.setattr(stand.lanes[0].executor, "submit", refuse)
+    stand.start(warmed := store(stand, tasks=30))
+    stand.wait_end(warmed)
+    stand.endpoints[0].hold()
+    job = store(stand, tasks=100)
+
+    stand.dispatcher.add(job)
+    eventually(lambda: refused)
+    stand.endpoints[0].release()
+
+    stand.wait_end(job)
+    assert stand.lanes[0].max_threads == 2
+    assert len(stand.prompts) == 130
+    assert (stand.lanes[0].in_flight, stand.lanes[0].joining) == (0, False)
+
+
+def test_bug_under_a_job_that_is_being_cancelled_does_not_keep_it_from_ending(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher, "AFTER_BUG_S", 0.01)
+    stand = build(answers)
+    stand.endpoints[0].hold()
+    job = store(stand, ids=["hello"])
+    stand.start(job)
+    eventually(lambda: stand.prompts == ["hello"])
+    stand.dispatcher.close(job.id, CANCELLED).wait(PATIENCE_S)
+
+    def buggy(*_: Any) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(stand.dispatcher._settling, "settle", buggy)
+    stand.endpoints[0].release()
+
+    stand.wait_end(job)
+    assert stand.codes(job) == ["cancelled"]
+    assert stand.lanes[0].group.limiter(MODEL).in_flight == 0
+
+
+def test_usage_of_a_failed_pack_is_shared_by_the_size_of_its_tasks() -> None:
+    tasks = [
+        factories.queued_task(position=number, tokens=tokens) for number, tokens in enumerate((10, 1000))
+    ]
+
+    shares = share_out(Usage(101, 7), tasks, [None, None])
+
+    assert [usage.prompt_tokens for usage in shares] == [1, 100]
+    assert sum(usage.completion_tokens for usage in shares) == 7
+
+
+def test_second_job_of_a_user_is_fed_while_the_last_call_of_the_first_is_in_flight(build: Build) -> None:
+    stand = build(answers, max_threads=4)
+    stand.start(warmed := store(stand, tasks=20))
+    stand.wait_end(warmed)
+    stand.endpoints[0].say = lambda prompt: answers(prompt)
+    first, second = store(stand, tasks=400), store(stand, tasks=300)
+    stand.endpoints[0].hold()
+    stand.dispatcher.add(first)
+    stand.dispatcher.add(second)
+    eventually(lambda: stand.loaded(first))
+
+    stand.endpoints[0].let_go(20 + 400 + 200)
+
+    eventually(lambda: len(stand.prompts) > 500)
+    stand.endpoints[0].release()
+    stand.wait_end(first, second)

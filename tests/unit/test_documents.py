@@ -3,6 +3,7 @@
 import re
 import tomllib
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from gpt_worker.domain import ErrorCode
 from tests.documents import ROOT, Block, read, read_blocks, read_headings, read_links
 
 READMES = ("README.md", "README.uk.md")
-DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md")
+DOCUMENTS = (*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 EXAMPLES = ("sentiment.json", "receiver.py", "receiver.mjs", "backend.py", "nginx.conf", "gpt-worker.service")
 FOR_PROGRAMS = {"/docs/<>"}  # routes that nobody types: what the docs page is made of
 COMMENT = re.compile(r"^\s*(#|//).*\n", re.MULTILINE)
@@ -151,7 +152,7 @@ def test_every_dependency_has_its_reason(name: str) -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
     section = read(name).split("\n## ")[-2]
 
-    for requirement in project["dependencies"]:
+    for requirement in chain(project["dependencies"], *project["optional-dependencies"].values()):
         package = re.match(r"[\w.-]+", requirement)
         assert package
         assert re.search(rf"^\| (.*, )?{package[0]}(, .*)? \|", section, re.MULTILINE), requirement

@@ -73,6 +73,7 @@ def test_settings_store_only_what_was_set() -> None:
             "template": st.text(),
             "max_output_tokens": st.integers(1, 10**9),
             "response_format": st.dictionaries(st.text(), st.text()),
+            "pack": st.booleans(),
             "priority": st.integers(-100, 100),
             "deadline_s": st.floats(1, 1e6),
             "max_total_tokens": st.integers(1, 10**12),

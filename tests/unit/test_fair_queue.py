@@ -2,14 +2,23 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_worker.backoff import Place
-from gpt_worker.domain import ErrorCode, Failure
-from gpt_worker.fair_queue import LOOK_AHEAD, MAX_RETURNED, FairQueue, JobRun, QueuedTask
+from gpt_worker.domain import ErrorCode, Failure, utc_now
+from gpt_worker.fair_queue import (
+    LOOK_AHEAD,
+    LOW_TASKS,
+    MAX_RETURNED,
+    MOST_ENDED,
+    FairQueue,
+    JobRun,
+    QueuedTask,
+)
 from tests import factories
 from tests.clock import unhurried
 
@@ -320,15 +329,92 @@ def test_no_page_is_wanted_while_too_many_tasks_came_back() -> None:
     assert job.wants_page
 
 
+def test_pages_of_small_jobs_are_wanted_together_until_there_is_enough() -> None:
+    jobs = [factories.job_run(id=str(place), tasks=0) for place in range(9)]
+    for job in jobs:
+        job.pending, job.exhausted = LOW_TASKS // 2, False
+
+    queue = queue_of(*jobs)
+
+    assert queue.wanting_pages(9) == jobs[:2]
+    assert queue.wanting_pages(1) == jobs[:1]
+
+
+def test_job_behind_enough_others_is_not_near() -> None:
+    first, second, third = (factories.job_run(id=str(place)) for place in range(3))
+    for job in (first, second, third):
+        job.pending, job.exhausted = LOW_TASKS // 2, False
+    third.deadline_at += timedelta(seconds=1)
+
+    queue = queue_of(first, second, third)
+
+    assert [queue.is_near(job) for job in (first, second, third)] == [True, True, False]
+
+    third.deadline_at = first.deadline_at - timedelta(seconds=1)
+    queue.add(third)
+
+    assert queue.is_near(third)
+
+
+def test_thousands_of_queued_jobs_are_not_walked_for_a_look() -> None:
+    jobs = [factories.job_run(id=f"{owner}{place}", owner=owner) for owner in "ab" for place in range(5)]
+    for job in jobs:
+        job.pending, job.exhausted = 100, False
+
+    queue = queue_of(*jobs)
+
+    assert [job.id for job in queue.in_turn()] == ["a0", "b0"]
+
+
+def test_jobs_of_several_models_go_by_their_turn() -> None:
+    jobs = [factories.job_run(id=str(place), tasks=1, priority=place % 2) for place in range(4)]
+    for job, model in zip(jobs, ("a", "b", "b", "a"), strict=True):
+        job.model = model
+
+    queue = queue_of(*jobs)
+
+    assert [job.id for job in queue.in_turn()] == ["1", "3", "0", "2"]
+
+
+# Deadlines
+
+
+def test_job_is_overdue_until_it_is_closed() -> None:
+    now = utc_now()
+    late = factories.job_run(tasks=1, deadline_at=now)
+    later = factories.job_run(tasks=1, deadline_at=now + timedelta(seconds=1))
+    queue = queue_of(later, late)
+
+    assert [queue.overdue(now), queue.overdue(now)] == [[late], [late]]
+    assert queue.next_deadline() == now
+
+    late.closing = Failure(ErrorCode.EXPIRED, "it is late")
+
+    assert queue.overdue(now) == []
+    assert queue.next_deadline() == later.deadline_at
+
+
+def test_deadlines_of_ended_jobs_do_not_pile_up() -> None:
+    queue = FairQueue()
+
+    for _ in range(10 * MOST_ENDED):
+        job = factories.job_run(tasks=1)
+        queue.add(job)
+        queue.remove(job.id)
+
+    assert len(queue._deadlines) <= MOST_ENDED + 2
+    assert queue.next_deadline() is None
+
+
 def test_job_that_loads_wants_no_second_page() -> None:
     job = factories.job_run()
     job.exhausted = False
     queue = queue_of(job)
-    assert queue.wanting_page() is job
+    assert queue.wanting_pages(9) == [job]
 
     job.loading = True
 
-    assert queue.wanting_page() is None
+    assert queue.wanting_pages(9) == []
 
 
 def test_cleared_job_holds_nothing() -> None:

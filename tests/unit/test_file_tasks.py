@@ -127,6 +127,7 @@ OK = b'{"text": "ok"}\n'
         (OK + b'{"text": null}', PLAIN, ("line", 2, "text")),
         (OK + b'{"messages": "s3cr3t"}', PLAIN, ("line", 2, "messages")),
         (OK + b'{"messages": [{}]}', PLAIN, ("line", 2, "messages", 0)),
+        (OK + b'{"messages": [{"role": "s3cr3t"}]}', JobSettings(pack=True), ("line", 2, "messages")),
         (OK + b'{"vars": {"x": "s3cr3t"}}', PLAIN, ("line", 2, "vars")),
         (b'{"vars": {"lang": "s3cr3t"}}', TRANSLATE, ("line", 1, "vars")),
         (b'{"text": "s3cr3t"}', TRANSLATE, ("line", 1, "text")),
@@ -184,7 +185,7 @@ def refuses(read: Read, raw: bytes, settings: JobSettings, loc: tuple[str | int,
     assert error.loc == loc
     assert MARK not in str(refused.value)
     if loc[0] == "line":
-        assert f"(line {loc[1]})" in error.msg
+        assert "(line" not in error.msg  # the place tells it already
 
 
 @pytest.mark.parametrize(

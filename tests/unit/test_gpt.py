@@ -1,6 +1,7 @@
 """The wire: what is sent for a task, and what every kind of reply means."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,7 +10,19 @@ from hypothesis import strategies as st
 
 from gpt_worker.backoff import Problem, ProblemKind
 from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage
-from gpt_worker.gpt import Endpoint, Reply, fill_template, read_reply, request_body, template_parts
+from gpt_worker.gpt import (
+    CHECK_TIMEOUT_S,
+    Answers,
+    Endpoint,
+    KeyCheck,
+    Reply,
+    fill_template,
+    read_reply,
+    request_body,
+    template_parts,
+)
+from gpt_worker.packing import INSTRUCTION, RESPONSE_FORMAT
+from gpt_worker.reply_body import Budget
 from gpt_worker.transport import (
     ConnectionStale,
     DeadlinePassed,
@@ -34,7 +47,7 @@ def completion(*, content: Any = "Bonjour", **choice: Any) -> dict[str, Any]:
     }
 
 
-def read(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Reply:
+def read(body: Any, *, status: int = 200, headers: dict[str, str] | None = None) -> Reply[Answer]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     return read_reply(factories.raw_reply(status=status, body=data, headers=headers), SECRET)
 
@@ -168,7 +181,7 @@ def test_template_is_refused_by_its_form_alone(template: str) -> None:
 def test_answer_is_read_with_its_usage() -> None:
     reply = read(completion())
 
-    assert reply == Reply(Answer("Bonjour"), Usage(12, 3), told_usage=True)
+    assert reply == Reply(Answer("Bonjour"), Usage(12, 3))
 
 
 def test_headers_tell_whose_quota_it_was() -> None:
@@ -211,7 +224,7 @@ def test_odd_answers_are_answers(body: Any, answer: Answer) -> None:
 def test_odd_usage_counts_as_none(usage: Any) -> None:
     reply = read(completion() | {"usage": usage})
 
-    assert (reply.result, reply.usage, reply.told_usage) == (Answer("Bonjour"), Usage(), False)
+    assert (reply.result, reply.usage) == (Answer("Bonjour"), Usage())
 
 
 @pytest.mark.parametrize(
@@ -247,7 +260,7 @@ def test_nonsense_that_cost_tokens_tells_so() -> None:
     reply = read(completion(content=None))
 
     assert isinstance(reply.result, Problem)
-    assert (reply.usage, reply.told_usage) == (Usage(12, 3), True)
+    assert reply.usage == Usage(12, 3)
 
 
 def test_withheld_answer_is_final() -> None:
@@ -421,7 +434,7 @@ def refuses(name: str) -> RawReply:
     return factories.raw_reply(status=400, body=json.dumps({"error": error}).encode())
 
 
-def ask(endpoint: Endpoint, **settings: Any) -> Reply:
+def ask(endpoint: Endpoint, **settings: Any) -> Reply[Answer]:
     return endpoint.ask(MODEL, JobSettings(**settings), "Say hello", 5.0)
 
 
@@ -514,3 +527,245 @@ def test_other_refusals_do_not_rename_the_token_limit() -> None:
 
     assert isinstance(result, Problem)
     assert (result.kind, names) == (ProblemKind.FINAL, {})
+
+
+# Whether a key works
+
+
+class Models(Transport):
+    """Says to each request for the models what it is told."""
+
+    def __init__(self, *says: RawReply | TransportError) -> None:
+        self.base_url, self.host, self.says = "http://127.0.0.1/v1", "127.0.0.1", list(says)
+
+    def get(self, path: str, headers: Mapping[str, str], deadline_s: float) -> RawReply:
+        assert path == "/models"
+        assert headers["authorization"] == f"Bearer {SECRET}"
+        assert CHECK_TIMEOUT_S - 1 < deadline_s <= CHECK_TIMEOUT_S
+        said = self.says.pop(0)
+        if isinstance(said, TransportError):
+            raise said
+        return said
+
+
+def check(*says: RawReply | TransportError) -> KeyCheck:
+    return Endpoint(Models(*says), SECRET, {}).check()
+
+
+MODELS = factories.raw_reply(body=b'{"object": "list", "data": [{"id": "gpt-4o-mini", "object": "model"}]}')
+
+
+@pytest.mark.parametrize("body", [MODELS.body, b'{"data": []}', b'{"data": null}', b"[]"])
+def test_key_that_is_told_its_models_works(body: bytes) -> None:
+    assert check(factories.raw_reply(body=body)) is KeyCheck.WORKS
+
+
+@pytest.mark.parametrize(
+    ("status", "found"),
+    [
+        (401, KeyCheck.REFUSED),
+        (403, KeyCheck.WORKS),
+        (404, KeyCheck.WORKS),
+        (429, KeyCheck.WORKS),
+        (307, KeyCheck.UNREACHABLE),
+        (400, KeyCheck.UNREACHABLE),
+        (402, KeyCheck.UNREACHABLE),
+        (500, KeyCheck.UNREACHABLE),
+        (503, KeyCheck.UNREACHABLE),
+    ],
+)
+def test_status_tells_whether_a_key_is_known(status: int, found: KeyCheck) -> None:
+    assert check(factories.raw_reply(status=status, body=b"<html")) is found
+
+
+@pytest.mark.parametrize("body", [b"", b"<html", b'{"dat', b"null", b"7", b'"data"', b"{}", b'{"error": {}}'])
+def test_list_of_models_that_can_not_be_read_shows_nothing(body: bytes) -> None:
+    assert check(factories.raw_reply(body=body)) is KeyCheck.UNREACHABLE
+
+
+@pytest.mark.parametrize(
+    "error", [TransportError("no"), DeadlinePassed("late"), ReplyTooLarge("large"), ConnectionStale("old")]
+)
+def test_trouble_on_the_way_to_the_models_is_told(error: TransportError) -> None:
+    assert check(error, error) is KeyCheck.UNREACHABLE
+
+
+def test_stale_connection_does_not_fail_a_check() -> None:
+    assert check(ConnectionStale("old"), MODELS) is KeyCheck.WORKS
+
+
+# One call for several tasks
+
+
+def packed(*answers: Any) -> dict[str, Any]:
+    """A good reply to a pack."""
+    return completion(content=json.dumps({"answers": answers}))
+
+
+def ask_pack(reply: Any, *prompts: Prompt, status: int = 200, **settings: Any) -> Reply[Answers]:
+    """What becomes of two tasks, where none are given, that get this reply."""
+    wire = Wire(factories.raw_reply(status=status, body=json.dumps(reply).encode()))
+    return Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(**settings), prompts or ("one", "two"), 5.0)
+
+
+ONE, TWO = {"n": 1, "text": "uno"}, {"n": 2, "text": "dos"}
+
+
+def test_pack_is_one_request_of_numbered_tasks() -> None:
+    wire = Wire(GOOD)
+    settings = JobSettings(
+        temperature=0.5, instructions="Be brief", template="{text}!", max_output_tokens=7, pack=True
+    )
+
+    Endpoint(wire, SECRET, {}).ask_pack(MODEL, settings, ["one", {"text": "дві"}], 5.0)
+
+    (body,) = wire.bodies
+    system, user = body.pop("messages")
+    assert system == {"role": "system", "content": f"Be brief\n\n{INSTRUCTION}"}
+    assert user["role"] == "user"
+    assert json.loads(user["content"]) == {"tasks": [{"n": 1, "text": "one!"}, {"n": 2, "text": "дві!"}]}
+    assert body == {
+        "model": MODEL,
+        "temperature": 0.5,
+        "max_tokens": 2 * (7 + 16),
+        "response_format": RESPONSE_FORMAT,
+    }
+
+
+def test_pack_sends_only_what_the_caller_set() -> None:
+    wire = Wire(GOOD)
+
+    Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(pack=True), ["one", "two"], 5.0)
+
+    assert wire.bodies[0].keys() == {"model", "messages", "response_format"}
+
+
+def test_answers_of_a_pack_are_in_the_order_of_its_tasks() -> None:
+    reply = ask_pack(packed(TWO, ONE))
+
+    assert reply == Reply(["uno", "dos"], Usage(12, 3))
+
+
+def test_headers_of_a_pack_tell_whose_quota_it_was() -> None:
+    headers = {"openai-organization": "acme", "openai-project": "proj_1", "retry-after": "3"}
+    wire = Wire(factories.raw_reply(body=json.dumps(packed(ONE)).encode(), headers=headers))
+
+    reply = Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(), ["one"], 5.0)
+
+    assert (reply.organization, reply.project, reply.limits.retry_after_s) == ("acme", "proj_1", 3.0)
+
+
+def cut_short(reply: dict[str, Any]) -> dict[str, Any]:
+    reply["choices"][0]["finish_reason"] = "length"
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("reply", "answers"),
+    [
+        (packed(ONE), ["uno", None]),
+        (packed(ONE, TWO, {"n": 2, "text": "tres"}), ["uno", None]),
+        (packed({"n": 1, "text": "a\x00b"}, TWO), ["a\ufffdb", "dos"]),
+        (cut_short(packed(ONE, TWO)), ["uno", None]),
+        (completion(content='{"answers": [{"n": 1, "text": "uno"}, {"n": 2'), ["uno", None]),
+        (completion(), [None, None]),
+        (completion(content=""), [None, None]),
+        (completion(content=None), [None, None]),
+        (completion(content=None, finish_reason="length"), [None, None]),
+        (completion(content=7), [None, None]),
+        (completion(content=None, finish_reason="content_filter"), [None, None]),
+        (packed(ONE, TWO) | {"choices": []}, None),
+    ],
+)
+def test_only_what_is_certain_answers_a_pack(reply: Any, answers: list[str | None] | None) -> None:
+    read_pack = ask_pack(reply)
+
+    assert read_pack.usage == Usage(12, 3)
+    if answers is None:
+        assert isinstance(read_pack.result, Problem)
+        assert (read_pack.result.kind, read_pack.result.code) == (
+            ProblemKind.TRANSIENT,
+            ErrorCode.BAD_RESPONSE,
+        )
+    else:
+        assert read_pack.result == answers
+
+
+def test_nothing_of_a_withheld_pack_is_taken() -> None:
+    content = json.dumps({"answers": [ONE, TWO]})
+
+    filtered = ask_pack(completion(content=content, finish_reason="content_filter"))
+    refused = ask_pack(completion(content=None, message={"refusal": content}))
+
+    assert filtered.result == [None, None]
+    assert refused.result == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "kind", "code"),
+    [
+        (400, {}, ProblemKind.PACK_REFUSED, ErrorCode.BAD_REQUEST),
+        (400, {"param": "response_format"}, ProblemKind.PACK_REFUSED, ErrorCode.BAD_REQUEST),
+        (422, {}, ProblemKind.PACK_REFUSED, ErrorCode.BAD_REQUEST),
+        (400, {"code": "context_length_exceeded"}, ProblemKind.FINAL, ErrorCode.CONTEXT_LENGTH),
+        (413, {}, ProblemKind.FINAL, ErrorCode.CONTEXT_LENGTH),
+        (400, {"code": "content_filter"}, ProblemKind.FINAL, ErrorCode.CONTENT_FILTER),
+        (401, {}, ProblemKind.KEY_REFUSED, ErrorCode.KEY_REFUSED),
+        (429, {}, ProblemKind.RATE_LIMITED, ErrorCode.RATE_LIMITED),
+        (500, {}, ProblemKind.TRANSIENT, ErrorCode.UPSTREAM_ERROR),
+    ],
+)
+def test_refusal_of_the_form_is_told_from_that_of_a_prompt(
+    status: int, error: dict[str, Any], kind: ProblemKind, code: ErrorCode
+) -> None:
+    result = ask_pack({"error": {"message": "no", **error}}, status=status).result
+
+    assert isinstance(result, Problem)
+    assert (result.kind, result.code) == (kind, code)
+
+
+def test_trouble_on_the_way_of_a_pack_is_a_problem() -> None:
+    result = (
+        Endpoint(Wire(DeadlinePassed("late")), SECRET, {}).ask_pack(MODEL, JobSettings(), ["one"], 5.0).result
+    )
+
+    assert isinstance(result, Problem)
+    assert (result.kind, result.code) == (ProblemKind.TRANSIENT, ErrorCode.TIMEOUT)
+
+
+def test_reply_holds_its_part_of_the_budget_until_it_is_gone() -> None:
+    budget = Budget(10)
+    body = json.dumps(packed(ONE, TWO)).encode()
+    wire = Wire(RawReply(200, {}, body, budget.reserve(10, lambda: None)))
+
+    reply = Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(), ["one", "two"], 5.0)
+    wire.replies.clear()
+
+    assert reply.result == ["uno", "dos"]
+    assert budget.free_bytes == 0
+    del reply
+    assert budget.free_bytes == 10
+
+
+def test_pack_learns_the_name_of_the_token_limit_too() -> None:
+    wire = Wire(refuses("max_tokens"), GOOD)
+    endpoint = Endpoint(wire, SECRET, {})
+
+    refused = endpoint.ask_pack(MODEL, JobSettings(max_output_tokens=7), ["one", "two"], 5.0).result
+    ask(endpoint, max_output_tokens=7)
+
+    assert isinstance(refused, Problem)
+    assert refused.kind is ProblemKind.RESENT
+    assert wire.bodies[1]["max_completion_tokens"] == 7
+
+
+@unhurried
+@given(body=json_values | st.binary(max_size=50), status=st.integers(200, 599), content=json_values)
+def test_no_reply_to_a_pack_is_too_odd_to_read(body: Any, status: int, content: Any) -> None:
+    for raw in (body, completion(content=content), completion(content=json.dumps({"answers": content}))):
+        data = raw if isinstance(raw, bytes) else json.dumps(raw).encode()
+        wire = Wire(factories.raw_reply(status=status, body=data))
+
+        result = Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(), ["one", "two"], 5.0).result
+
+        assert isinstance(result, Problem) or len(result) == 2

@@ -181,6 +181,20 @@ def test_every_setting_is_taken(service: Settings) -> None:
     }
 
 
+def test_pack_is_taken(service: Settings) -> None:
+    data = ["hello", {"text": "hello"}, {"vars": {"text": "hello"}}]
+
+    request = read(service, data, settings={"pack": True, "template": "{text}!"})
+
+    assert request.settings == JobSettings(pack=True, template="{text}!")
+
+
+def test_messages_that_should_be_packed_are_named(service: Settings) -> None:
+    data = {"a": "hello", "b": {"messages": [{"role": "user"}]}}
+
+    assert places(service, data=data, settings={"pack": True}) == [("data", "b", "messages")]
+
+
 def test_without_settings_the_services_own_count(service: Settings) -> None:
     request = read(service)
 
@@ -239,7 +253,7 @@ def test_bad_setting_is_named(service: Settings, name: str, value: Any) -> None:
     [
         ({"gpt_type": "a", "model": "b"}, "gpt_type"),
         ({"maxTokenCount": 1, "max_chunk_tokens": 2}, "maxTokenCount"),
-        ({"pack": True}, "pack"),
+        ({"pack": True, "response_format": {"type": "text"}}, "pack and response_format"),
     ],
 )
 def test_settings_that_do_not_go_together_say_so(service: Settings, settings: Any, said: str) -> None:

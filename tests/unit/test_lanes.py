@@ -4,7 +4,8 @@ import pytest
 
 from gpt_worker.backoff import ProblemKind
 from gpt_worker.lanes import FAILURES_BEFORE_REST, Hold, Lane, LaneState, QuotaGroup
-from gpt_worker.rate_limit import Reservation
+from gpt_worker.limit_headers import LimitHeaders
+from gpt_worker.rate_limit import UNTOLD, Reservation
 from tests import factories
 from tests.clock import FakeClock
 from tests.factories import MODEL
@@ -264,7 +265,7 @@ def test_rate_limit_of_one_model_leaves_the_others(clock: FakeClock) -> None:
     limiter = lane.group.limiter(MODEL)
     reservation = limiter.reserve(1, clock())
     assert isinstance(reservation, Reservation)
-    limiter.rate_limited(reservation, factories.headers(), clock(), 20.0, 0.0)
+    limiter.rate_limited(reservation, factories.headers(), clock(), 20.0, 0.0, UNTOLD)
 
     assert lane.hold(MODEL, clock()) == Hold(LaneState.RESTING, clock() + 20)
     assert lane.hold("another", clock()) is None
@@ -342,3 +343,44 @@ def test_merged_group_has_the_limiters_of_both() -> None:
 
     assert ours.limiter("a") is own
     assert ours.limiter("b") is foreign
+
+
+@pytest.mark.parametrize("kind", [ProblemKind.KEY_REFUSED, ProblemKind.QUOTA_EXHAUSTED])
+def test_probe_that_told_nothing_is_followed_by_another_after_a_minute(
+    clock: FakeClock, kind: ProblemKind
+) -> None:
+    lane = lane_after(kind, clock)
+    clock.advance(3600)
+    lane.sent(clock())
+
+    lane.came_back(clock())
+    lane.troubled(factories.problem(), MODEL, clock(), clock(), 0.0)
+
+    hold = lane.hold(MODEL, clock())
+    assert hold is not None
+    assert hold.until_s == clock() + 60
+
+
+def test_limiters_of_models_that_callers_made_up_are_forgotten(clock: FakeClock) -> None:
+    lane = factories.lane()
+    kept = lane.group.limiter("in flight")
+    kept.reserve(1, clock())
+
+    for number in range(1000):
+        lane.group.limiter(f"made up {number}")
+
+    assert len(lane.group.limiters) <= 200
+    assert len(lane.group.bursts) <= 200
+    assert lane.group.limiter("in flight") is kept
+
+
+def test_key_mended_by_hand_rests_no_longer(clock: FakeClock) -> None:
+    lane = factories.lane()
+    limiter = lane.group.limiter(MODEL)
+    reservation = limiter.reserve(1, clock())
+    assert isinstance(reservation, Reservation)
+    limiter.rate_limited(reservation, LimitHeaders(), clock(), 86_400.0, 0.0, UNTOLD)
+
+    lane.mend()
+
+    assert lane.hold(MODEL, clock()) is None

@@ -14,7 +14,8 @@ from sqlalchemy.exc import OperationalError
 
 from gpt_worker import api
 from gpt_worker.api.access import is_local
-from gpt_worker.domain import VISIBLE, DeliveryStatus, JobStatus
+from gpt_worker.assembly import EMBEDDED_STARTING
+from gpt_worker.domain import VISIBLE, DeliveryStatus, FileState, JobStatus
 from gpt_worker.keys import KeyReport, LearnedLimits
 from gpt_worker.lanes import LaneState
 from gpt_worker.metrics import RequestMetrics, Snapshot, Stored, make_registry
@@ -56,6 +57,8 @@ def snapshot(**changes: Any) -> Snapshot:
         "outcomes": 0,
         "inbox": 0,
         "recorder_healthy": True,
+        "drive_failures": 0,
+        "drive_healthy": True,
         "places": 96,
         "places_free": 96,
     }
@@ -87,7 +90,7 @@ def test_jobs_and_tasks_are_counted_by_where_they_stand() -> None:
         JobStatus.CANCELLED: StatusCount(1, answered=1, pending=2),
     }
 
-    samples = scrape(stored=Stored(jobs, dict.fromkeys(DeliveryStatus, 3)))
+    samples = scrape(stored=Stored(jobs, dict.fromkeys(DeliveryStatus, 3), dict.fromkeys(FileState, 4)))
 
     assert value(samples, "jobs", status="running") == 2
     assert value(samples, "jobs", status="failed") == 0
@@ -274,9 +277,14 @@ class Parts:
         self.usable = 2
         self.database = self
         self.database_error: Exception | None = None
+        self.trouble: str | None = None
         self.settings = SimpleNamespace(data_dir=data_dir)
         self.recorder = SimpleNamespace(healthy=True)
-        self.dispatcher = SimpleNamespace(usable_lanes=lambda _model: self.usable)
+        self.down: str | None = None
+        self.dispatcher = SimpleNamespace(
+            usable_lanes=lambda _model: self.usable, inspect=lambda look: look([self], 0.0)
+        )
+        self.result_files = SimpleNamespace(trouble=None)
 
     @contextmanager
     def read(self) -> Iterator[Any]:
@@ -313,12 +321,26 @@ def test_ready_when_all_is_well(parts: Parts) -> None:
     assert (reply.status_code, reply.json) == (200, {"status": "ready", "degraded": []})
 
 
+def test_a_drive_that_fails_is_ready_and_degraded(parts: Parts) -> None:
+    parts.result_files.trouble = "it refuses access"
+
+    reply = readyz(parts)
+
+    assert (reply.status_code, reply.json["degraded"]) == (200, ["drive: it refuses access"])
+
+
 def test_no_usable_key_is_ready_and_degraded(parts: Parts) -> None:
     parts.usable = 0
 
     reply = readyz(parts)
 
     assert (reply.status_code, reply.json) == (200, {"status": "ready", "degraded": ["no usable key"]})
+
+
+def test_embedded_model_that_is_away_says_why(parts: Parts) -> None:
+    parts.usable, parts.down = 0, EMBEDDED_STARTING
+
+    assert readyz(parts).json == {"status": "ready", "degraded": ["the embedded model is starting"]}
 
 
 def test_not_ready_while_it_starts(parts: Parts) -> None:
@@ -337,6 +359,12 @@ def test_not_ready_without_the_database(parts: Parts) -> None:
     parts.database_error = OperationalError("SELECT", {}, Exception("disk I/O error"))
 
     assert_not_ready(readyz(parts), "The database can't be used.")
+
+
+def test_not_ready_with_a_database_that_can_be_read_and_is_in_trouble(parts: Parts) -> None:
+    parts.trouble = "The database is damaged: put the backup back."
+
+    assert_not_ready(readyz(parts), "The database is damaged: put the backup back.")
 
 
 def test_not_ready_while_answers_are_not_stored(parts: Parts) -> None:

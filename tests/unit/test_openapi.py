@@ -11,7 +11,7 @@ from openapi_spec_validator import validate
 
 from gpt_worker import api
 from gpt_worker.api import docs
-from gpt_worker.api.access import POLICIES, Access
+from gpt_worker.api.access import POLICIES, UNCOUNTED, Access
 from gpt_worker.api.description import openapi_path
 from tests.openapi_document import Document
 
@@ -33,7 +33,7 @@ def app() -> Flask:
 
 @pytest.fixture(scope="module")
 def document(app: Flask) -> Document:
-    return Document(json.loads(app.extensions[docs.EXTENSION]))
+    return Document(json.loads(app.extensions[docs.EXTENSION]()))
 
 
 def routes(app: Flask) -> dict[tuple[str, str], str]:
@@ -76,7 +76,7 @@ def test_route_that_is_only_registered_is_found_undescribed() -> None:
 
     described = {
         (method, path)
-        for method, path, _ in Document(json.loads(app.extensions[docs.EXTENSION])).operations()
+        for method, path, _ in Document(json.loads(app.extensions[docs.EXTENSION]())).operations()
     }
 
     assert routes(app).keys() - described == {("GET", "/forgotten")}
@@ -153,6 +153,14 @@ def test_who_may_come_in_is_what_the_table_says(app: Flask, document: Document) 
         assert ({"bearer": []} in security) == (access not in (Access.PUBLIC, Access.SIGNED)), path
         assert 401 in statuses or access is Access.PUBLIC, path
         assert 403 in statuses or access not in FOR_ADMINS, path
+
+
+def test_every_counted_request_may_be_one_too_many(app: Flask, document: Document) -> None:
+    assert POLICIES.keys() >= UNCOUNTED
+    for (method, path), endpoint in routes(app).items():
+        statuses = document.responses(document.operation(method, path)).keys()
+
+        assert (429 in statuses) == (endpoint not in UNCOUNTED), path
 
 
 def test_operations_with_a_body_tell_what_is_wrong_with_one(document: Document) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from werkzeug.exceptions import BadRequest
 
 from gpt_worker.api import access, parsing
-from gpt_worker.api.parsing import parse_json, parse_object
+from gpt_worker.api.parsing import parse_json, parse_line, parse_object
 from gpt_worker.errors import Invalid
 from tests.unit.small_app import SmallApp
 
@@ -244,13 +244,13 @@ def test_body_that_breaks_off_is_a_400(small: SmallApp) -> None:
 
 
 @pytest.mark.parametrize(("size_bytes", "most_at_once"), [(1000, 2), ((1 << 20) + 1, 1)])
-def test_large_bodies_are_parsed_one_at_a_time(
-    small: SmallApp, monkeypatch: pytest.MonkeyPatch, size_bytes: int, most_at_once: int
+def test_large_lines_are_parsed_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, size_bytes: int, most_at_once: int
 ) -> None:
     seen = watch_parsing(monkeypatch)
-    raw = b'{"a": "' + b"x" * (size_bytes - 9) + b'"}'
+    raw = b'{"n": 1, "a": "' + b"x" * (size_bytes - 17) + b'"}'
 
-    threads = [threading.Thread(target=post, args=(small, raw)) for _ in range(2)]
+    threads = [threading.Thread(target=parse_line, args=(raw, 1)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -260,13 +260,13 @@ def test_large_bodies_are_parsed_one_at_a_time(
 
 
 def watch_parsing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
-    """How many bodies were in the parser whenever one came in; two small ones wait there for each other."""
+    """How many lines were in the parser whenever one came in; two small ones wait there for each other."""
     inside: list[int] = []
     together = threading.Barrier(2)
     lock = threading.Lock()
     now = 0
 
-    def parse(_raw: bytes) -> dict[str, Any]:
+    def parse(_raw: bytes, _what: str, *, line: int) -> dict[str, Any]:
         nonlocal now
         with lock:
             now += 1
@@ -277,5 +277,5 @@ def watch_parsing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[int]]:
             now -= 1
         return {}
 
-    monkeypatch.setattr(parsing, "parse_object", parse)
+    monkeypatch.setattr(parsing, "parse_json", parse)
     return lambda: inside

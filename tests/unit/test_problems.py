@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any, Literal
 import pytest
 from flask import abort
 from pydantic import BaseModel, Field, ValidationError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 
 from gpt_worker import errors
 from gpt_worker.api import access, problems
 from gpt_worker.api.schemas import Body
+from gpt_worker.db import DatabaseUnusable
 from gpt_worker.errors import FieldError
 from tests.unit.small_app import SmallApp
 
@@ -49,6 +51,12 @@ def full_disk() -> OperationalError:
     return OperationalError("INSERT INTO users", {"email": "secret"}, error)
 
 
+def damaged_page() -> DatabaseError:
+    error = sqlite3.DatabaseError("database disk image is malformed")
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return DatabaseError("SELECT id FROM users", {"email": "secret"}, error)
+
+
 @pytest.mark.parametrize(
     ("error", "status", "name"),
     [
@@ -67,6 +75,9 @@ def full_disk() -> OperationalError:
             "urn:gpt-worker:problem:unavailable",
         ),
         (full_disk(), 507, "urn:gpt-worker:problem:disk-low"),
+        (damaged_page(), 503, "urn:gpt-worker:problem:unavailable"),
+        (DatabaseUnusable("it is locked"), 503, "urn:gpt-worker:problem:unavailable"),
+        (IntegrityError("INSERT", {}, sqlite3.IntegrityError("twice")), 500, "about:blank"),
         (OSError(errno.ENOSPC, "full"), 507, "urn:gpt-worker:problem:disk-low"),
         (OSError(errno.EACCES, "denied"), 500, "about:blank"),
         (errors.GptWorkerError("unknown"), 500, "about:blank"),
@@ -108,6 +119,22 @@ def test_bug_tells_the_log_and_not_the_caller(small: RaisingApp, caplog: pytest.
     record = next(record for record in caplog.records if record.name == problems.__name__)
     assert record.exc_info is not None
     assert record.request_id == reply.json["request_id"]  # type: ignore[attr-defined]
+
+
+def test_trouble_with_the_database_is_one_line_in_the_log(
+    small: RaisingApp, caplog: pytest.LogCaptureFixture
+) -> None:
+    small.failing_with(damaged_page())
+
+    (record,) = [record for record in caplog.records if record.name == problems.__name__]
+    assert record.exc_info is None
+    assert record.getMessage() == "The database failed: database disk image is malformed"
+
+
+def test_without_data_dir_a_request_is_refused_and_is_no_bug(small: RaisingApp) -> None:
+    shutil.rmtree(small.settings.data_dir)
+
+    assert small.failing_with(FileNotFoundError(errno.ENOENT, "gone")).status_code == 503
 
 
 def test_database_failure_shows_no_sql(small: RaisingApp) -> None:

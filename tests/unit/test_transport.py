@@ -7,20 +7,25 @@ import socket
 import threading
 import time
 import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 
 import pytest
 
 from gpt_worker import transport as transport_module
 from gpt_worker.addresses import is_loopback
+from gpt_worker.reply_body import BUDGET_BYTES, FREE_BYTES, LARGE_REPLIES, Hold
 from gpt_worker.transport import (
+    CallLeft,
     ConnectionStale,
     DeadlinePassed,
+    ProxyUnusable,
     RawReply,
     ReplyTooLarge,
     Transport,
     TransportError,
     Watchdog,
+    leaving_when,
 )
 from tests.clock import eventually
 
@@ -192,6 +197,42 @@ def test_reply_is_unpacked(serve: Serve, reply: bytes) -> None:
     assert post(to(serve(says(reply)))).body == b"{}"
 
 
+def test_interim_reply_is_passed_over(serve: Serve) -> None:
+    reply = post(to(serve(says(b"HTTP/1.1 103 Early Hints\r\nlink: a\r\n\r\n", GOOD))))
+
+    assert (reply.status, reply.body, reply.headers) == (200, b"{}", {"content-length": "2", "x-odd": "Yes"})
+
+
+def test_reply_without_a_length_ends_with_its_connection(serve: Serve) -> None:
+    server = serve(says(b"HTTP/1.1 200 OK\r\nX: 1\r\nx:2\r\n\r\n{", b"}", closes=True))
+    transport = to(server)
+
+    for _ in range(2):
+        reply = post(transport)
+        assert (reply.body, reply.headers) == (b"{}", {"x": "1, 2"})
+
+
+def test_request_says_no_more_than_it_must(serve: Serve) -> None:
+    server = serve(says(GOOD))
+
+    post(to(server), body="“é”".encode())
+
+    assert server.requests[0].decode() == (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nAccept-Encoding: identity\r\n"
+        f"authorization: Bearer {SECRET}\r\nContent-Length: 8\r\n\r\n“é”"
+    )
+
+
+def test_header_with_a_line_break_is_not_sent(serve: Serve) -> None:
+    server = serve(says(GOOD))
+
+    with pytest.raises(TransportError) as caught:
+        to(server).post("/x", {"authorization": f"Bearer {SECRET}\r\nx: y"}, b"{}", 10.0)
+
+    assert SECRET not in str(caught.value)
+    assert server.requests == []
+
+
 @pytest.mark.parametrize("status", [400, 401, 429, 500])
 def test_bad_status_is_a_reply(serve: Serve, status: int) -> None:
     server = serve(says(f"HTTP/1.1 {status} No\r\ncontent-length: 0\r\n\r\n".encode()))
@@ -293,7 +334,7 @@ def test_connection_made_after_the_deadline_is_cut_as_well() -> None:
         assert theirs.recv(1) == b""
 
 
-# Bounds, and what breaks
+# Bounds
 
 
 def test_too_large_reply_is_refused(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +377,157 @@ def test_gzip_bomb_is_not_unpacked(serve: Serve, monkeypatch: pytest.MonkeyPatch
     assert peak_bytes < 8 << 20
 
 
+@pytest.mark.parametrize("framing", [b"-1\r\n", b"7fffffff\r\n", b"+5\r\n", b"100000000\r\n"])
+def test_chunk_of_an_odd_size_is_not_read(serve: Serve, framing: bytes) -> None:
+    sent_bytes = 0
+
+    def floods(connection: socket.socket, _number: int) -> None:
+        nonlocal sent_bytes
+        connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + framing)
+        for _ in range(512):
+            sent_bytes += connection.send(bytes(65536))
+        connection.shutdown(socket.SHUT_RDWR)
+
+    server = serve(floods)
+
+    with pytest.raises(TransportError):
+        post(to(server))
+
+    assert sent_bytes < 16 << 20
+
+
+def test_interim_replies_have_an_end(serve: Serve) -> None:
+    server = serve(says(b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, GOOD))
+
+    with pytest.raises(TransportError, match="HTTPException"):
+        post(to(server))
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        (b"br", b"zzzz"),
+        (b"deflate", zlib.compress(b"{}")),
+        (b"gzip, gzip", gzip.compress(gzip.compress(b"{}"))),
+        (b"gzip", b"zzzz"),
+        (b"gzip", gzip.compress(b"{}")[:-1]),
+        (b"gzip", gzip.compress(b"{}") * 2),
+    ],
+)
+def test_body_that_can_not_be_unpacked_leaves_the_status(serve: Serve, packed: tuple[bytes, bytes]) -> None:
+    encoding, body = packed
+    head = b"HTTP/1.1 429 No\r\nretry-after: 3\r\ncontent-encoding: %b\r\ncontent-length: %d\r\n\r\n"
+
+    def answer(connection: socket.socket, number: int) -> None:
+        connection.sendall(head % (encoding, len(body)) + body if number == 1 else GOOD)
+
+    transport = to(serve(answer))
+
+    reply = post(transport)
+
+    assert (reply.status, reply.headers["retry-after"], reply.body) == (429, "3", b"")
+    assert post(transport).body == b"{}"
+
+
+def test_unpacking_ends_at_the_deadline(serve: Serve) -> None:
+    empty = gzip.compress(b"")
+    body = empty * (4 * (1 << 20) // len(empty))
+    head = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(body)
+    server, began_s = serve(says(head, body)), time.monotonic()
+
+    reply = post(to(server), deadline_s=5.0)
+
+    assert reply.body == b""
+    assert time.monotonic() - began_s < 3
+
+
+# Many large replies at once
+
+
+def large(size_bytes: int) -> bytes:
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % size_bytes + b" " * size_bytes
+
+
+@pytest.fixture
+def full_budget() -> Iterator[list[Hold]]:
+    """All there is for large replies is taken, until the list is cleared."""
+    holds = [LARGE_REPLIES.reserve(BUDGET_BYTES, lambda: None)]
+    yield holds
+    holds.clear()
+
+
+def test_large_reply_waits_until_another_is_done_with(serve: Serve, full_budget: list[Hold]) -> None:
+    transport, replies = to(serve(says(large(FREE_BYTES + 1)))), list[RawReply]()
+    call = threading.Thread(target=lambda: replies.append(post(transport)))
+
+    call.start()
+    eventually(lambda: LARGE_REPLIES.waiting == 1)
+    full_budget.clear()
+    call.join(10)
+
+    (reply,) = replies
+    assert len(reply.body) == FREE_BYTES + 1
+    assert LARGE_REPLIES.free_bytes == BUDGET_BYTES - FREE_BYTES - 1
+    del reply
+    replies.clear()
+    assert LARGE_REPLIES.free_bytes == BUDGET_BYTES
+
+
+def test_small_reply_waits_for_none(serve: Serve, full_budget: list[Hold]) -> None:
+    assert len(post(to(serve(says(large(FREE_BYTES))))).body) == FREE_BYTES
+
+
+def test_wait_for_other_replies_ends_at_the_deadline(serve: Serve, full_budget: list[Hold]) -> None:
+    transport, began_s = to(serve(says(large(FREE_BYTES + 1)))), time.monotonic()
+
+    with pytest.raises(DeadlinePassed):
+        post(transport, deadline_s=DEADLINE_S)
+
+    assert time.monotonic() - began_s < DEADLINE_S + AT_ONCE_S
+    assert LARGE_REPLIES.waiting == 0
+
+
+def test_broken_large_reply_gives_back_what_it_held(serve: Serve) -> None:
+    transport = to(serve(says(large(2 * FREE_BYTES)[:-1], closes=True)))
+
+    with pytest.raises(TransportError) as caught:
+        post(transport)
+
+    assert LARGE_REPLIES.free_bytes == BUDGET_BYTES
+    assert caught.value.__cause__ is not None
+
+
+# Whoever asked is gone
+
+
+def test_call_is_left_when_nobody_waits_for_it(serve: Serve) -> None:
+    server, gone = serve(says_nothing), threading.Event()
+    began_s = time.monotonic()
+    threading.Timer(0.1, gone.set).start()
+
+    with pytest.raises(CallLeft), leaving_when(gone.is_set):
+        to(server).get("/models", {}, 10.0)
+
+    assert time.monotonic() - began_s < AT_ONCE_S
+    with pytest.raises(DeadlinePassed):
+        post(to(server), deadline_s=DEADLINE_S)
+
+
+def test_get_has_no_body(serve: Serve) -> None:
+    server = serve(says(GOOD))
+
+    reply = to(server).get("/models", {"accept": "application/json"}, 10.0)
+
+    assert reply.body == b"{}"
+    assert server.requests[0].decode() == (
+        f"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nAccept-Encoding: identity\r\n"
+        "accept: application/json\r\n\r\n"
+    )
+
+
+# What breaks
+
+
 @pytest.mark.parametrize(
     "reply",
     [
@@ -343,10 +535,11 @@ def test_gzip_bomb_is_not_unpacked(serve: Serve, monkeypatch: pytest.MonkeyPatch
         b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n{}",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n",
         b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n",
-        b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 4\r\n\r\nzzzz",
         b"HTTP/1.1 200 OK\r\n" + b"x: y\r\n" * 200 + b"\r\n",
         b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000 + b"\r\n\r\n",
         b"SMTP ready\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-len",
+        b"HTTP/1.1 103 Early Hints\r\n\r\n",
     ],
 )
 def test_broken_reply_is_a_transport_error(serve: Serve, reply: bytes) -> None:
@@ -496,3 +689,45 @@ def test_proxy_is_told_the_whole_address(serve: Serve, monkeypatch: pytest.Monke
     head = proxy.requests[0].split(b"\r\n\r\n")[0].lower()
     assert head.startswith(b"post http://endpoint.example/v1/chat/completions http/1.1\r\n")
     assert b"\r\nhost: endpoint.example" in head
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Length: 2\r\nContent-Length: 2\r\n",
+        b"Content-Length : 2\r\n",
+        b"Transfer-Encoding: identity, chunked\r\n",
+    ],
+)
+def test_odd_ways_to_tell_a_length_are_read(serve: Serve, head: bytes) -> None:
+    body = b"2\r\n{}\r\n0\r\n\r\n" if b"chunked" in head else b"{}"
+    server = serve(says(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n" + body))
+
+    assert post(to(server), deadline_s=3.0).body == b"{}"
+
+
+@pytest.mark.parametrize("length", [b"+2", b"two", b"2, 3", b"-1"])
+def test_length_that_is_no_number_fails_at_once(serve: Serve, length: bytes) -> None:
+    server = serve(says(b"HTTP/1.1 200 OK\r\nContent-Length: " + length + b"\r\n\r\n{}"))
+
+    with pytest.raises(TransportError) as raised:
+        post(to(server))
+
+    assert not isinstance(raised.value, DeadlinePassed)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("https_proxy", "socks5://127.0.0.1:1"), ("all_proxy", "ftp://x"), ("https_proxy", "http://h:99999")],
+)
+def test_proxy_that_cannot_be_used_is_named_by_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv(name, value)
+
+    with pytest.raises(ProxyUnusable) as raised:
+        Transport("https://api.example.org/v1", 1, loopback_only=False)
+
+    assert name.upper() in str(raised.value)
+    assert value not in str(raised.value)

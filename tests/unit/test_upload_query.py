@@ -21,6 +21,7 @@ from gpt_worker.api.upload_query import UploadQuery
         ("maxTokenCount", "100", 100),
         ("priority", "-5", -5),
         ("pack", "false", False),
+        ("pack", "true", True),
         ("metadata", '{"a": "b"}', {"a": "b"}),
     ],
 )

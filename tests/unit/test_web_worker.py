@@ -1,5 +1,6 @@
 """When a client is too slow for its thread, and which requests the main loop collects itself."""
 
+import io
 import selectors
 import socket
 import time
@@ -8,15 +9,20 @@ from collections.abc import Iterator
 import pytest
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
+from werkzeug.exceptions import HTTPException
 
 from gpt_worker import web_worker
+from gpt_worker.places import SMALL_BODY_BYTES
 from gpt_worker.web_worker import (
+    ACCEPTED_AT_ONCE,
     MAX_BUSY,
+    MAX_OF_NETWORK,
     MAX_RECEIVING,
-    SMALL_BODY_BYTES,
+    MAX_STRANGERS,
     ClientSocket,
     Connection,
     Pace,
+    RequestBody,
     ThreadBudget,
     WebWorker,
     collectable_bytes,
@@ -112,6 +118,30 @@ def test_refused_body_makes_one_slow_one_leave() -> None:
     close(sockets)
 
 
+def test_bodies_of_strangers_are_few_and_fewer_of_one_network() -> None:
+    threads, sockets = ThreadBudget(), [socket.socket() for _ in range(MAX_STRANGERS + 3)]
+    networks = ["192.0.2.1"] * (MAX_OF_NETWORK + 1) + ["192.0.2.2"] * (MAX_STRANGERS - MAX_OF_NETWORK)
+
+    taken = [threads.begin_receiving(sock, network) for sock, network in zip(sockets, networks, strict=False)]
+    another, known = threads.begin_receiving(sockets[-2], "192.0.2.3"), threads.begin_receiving(sockets[-1])
+
+    assert taken == [True] * MAX_OF_NETWORK + [False] + [True] * (MAX_STRANGERS - MAX_OF_NETWORK)
+    assert (another, known) == (False, True)
+    close(sockets)
+
+
+def test_refused_stranger_makes_no_slow_user_leave() -> None:
+    threads, sockets = ThreadBudget(), [socket.socket() for _ in range(MAX_OF_NETWORK + 2)]
+    threads.begin_receiving(sockets[-1])
+    for sock in sockets[:-1]:
+        threads.begin_receiving(sock, "192.0.2.1")
+
+    lost = [threads.let_go(sock) for sock in (sockets[-1], sockets[0], sockets[1])]
+
+    assert lost == [False, True, False]
+    close(sockets)
+
+
 def close(sockets: list[socket.socket]) -> None:
     for sock in sockets:
         sock.close()
@@ -174,3 +204,82 @@ def test_small_body_that_drips_is_a_408_after_30_s(
     assert client.recv(12) == b"HTTP/1.1 408"
     client.close()
     sock.close()
+
+
+def test_when_there_is_no_room_the_idle_go_first_and_then_who_took_longest(
+    worker: WebWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    monkeypatch.setattr(time, "monotonic", clock)
+    worker.worker_connections = ACCEPTED_AT_ONCE + 4
+    names: dict[Connection, str] = {}
+    clients = []
+
+    def come(name: str, sent: bytes) -> Connection:
+        ours, client = socket.socketpair()
+        sock = ClientSocket(ours.family, ours.type, ours.proto, fileno=ours.detach())
+        conn = Connection(worker.cfg, sock, ("", 0), ("", 0))
+        names[conn] = name
+        clients.append(client)
+        worker.nr_conns += 1
+        worker._await_head(conn)
+        client.sendall(sent)
+        worker.on_pending_socket_readable(conn, sock)
+        clock.advance(1.0)
+        return conn
+
+    come("first head", b"GET /")
+    come("first body", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
+    come("second head", b"GET /")
+    idle = come("idle", b"GET /")
+    worker._forget(idle, worker.pending_conns)
+    worker.keepalived_conns.append(idle)
+    worker.poller.register(idle.sock, selectors.EVENT_READ)
+
+    left = []
+    for _ in range(5):
+        assert worker._make_room()
+        alive = (*worker.keepalived_conns, *worker.pending_conns, *worker.body_conns)
+        left.append({names[conn] for conn in alive})
+        worker.worker_connections -= 1
+
+    assert left == [
+        {"idle", "first head", "first body", "second head"},
+        {"first head", "first body", "second head"},
+        {"first body", "second head"},
+        {"second head"},
+        set(),
+    ]
+    worker.nr_conns = 1  # one that is at work
+    assert not worker._make_room()
+    close(clients)
+
+
+@pytest.mark.parametrize(
+    ("sent", "length", "sizes"),
+    [
+        pytest.param(b"x" * 10, 10, [4, 6, None], id="just as much"),
+        pytest.param(b"x" * 11, 11, [], id="said to be more"),
+        pytest.param(b"x" * 11, None, [4, 6], id="chunked, more in the end"),
+        pytest.param(b"x" * 1000, None, [], id="chunked, much more"),
+    ],
+)
+@pytest.mark.parametrize("how", ["read", "readline", "readlines"])
+def test_body_is_read_up_to_its_limit(sent: bytes, length: int | None, sizes: list[int], how: str) -> None:
+    ended: list[bool] = []
+    stream = io.BytesIO(sent)
+    body = RequestBody(stream, length, 10, lambda: ended.append(True))
+    for size in sizes:
+        body.read(size)
+
+    if len(sent) == 10:
+        assert not getattr(body, how)()
+        assert (body.is_read, ended[:1]) == (True, [True])
+        return
+    with pytest.raises(HTTPException) as caught:
+        getattr(body, how)()
+
+    assert caught.value.code == 413
+    assert "10 bytes" in (caught.value.description or "")
+    assert stream.tell() <= (0 if length else 11)
+    assert not body.is_read

@@ -81,6 +81,8 @@ class Connection(asyncio.Protocol):
     ) -> None:
         """Answers the request that is being handled, after `delay_s`, in the way that `fault` says."""
         self._reply, self._fault, self._ended = reply, fault, ended
+        if fault is not None and fault.kind is FaultKind.HANG:
+            delay_s = 0.0  # it hangs from now on: a release that came within the delay would pass it by
         if delay_s > 0:
             self._timer = self._loop.call_later(delay_s, self._deliver)
         else:

@@ -1,0 +1,126 @@
+"""Queries on tasks that are more than rows in and out: which of them a crash counts for, and which it fails."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from gpt_worker.db import Database
+from gpt_worker.domain import ErrorCode, Failure, NewTask, Prompt, TaskState
+from gpt_worker.models import JobRow, TaskRow
+from gpt_worker.store import tasks as task_store
+from gpt_worker.store.tasks import ROWS_A_STATEMENT
+from tests import factories
+
+INTERRUPTED = Failure(ErrorCode.INTERRUPTED, "the service itself failed")
+CANCELLED = Failure(ErrorCode.CANCELLED, "the job was cancelled")
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    made = factories.database(folder=tmp_path)
+    yield made
+    made.close()
+
+
+def crash(database: Database, job: JobRow, *positions: int, limit: int = 5) -> int:
+    with database.write() as session:
+        return task_store.count_crash(session, job.id, set(positions), limit, INTERRUPTED)
+
+
+def crashes(database: Database, job: JobRow) -> list[int]:
+    return [row.crashes for row in rows(database, job)]
+
+
+def rows(database: Database, job: JobRow) -> list[TaskRow]:
+    with database.read() as session:
+        return [*session.scalars(select(TaskRow).where(TaskRow.job_id == job.id).order_by(TaskRow.position))]
+
+
+def test_crash_counts_for_the_tasks_that_were_in_flight_alone(database: Database) -> None:
+    job, other = (factories.store_job(database=database, tasks=3) for _ in range(2))
+
+    crash(database, job, 0, 2)
+    crash(database, job, 2, 77)
+
+    assert (crashes(database, job), crashes(database, other)) == ([1, 0, 2], [0, 0, 0])
+
+
+def test_task_fails_at_its_last_crash_and_not_before(database: Database) -> None:
+    job = factories.store_job(database=database, tasks=2)
+    with database.write() as session:
+        task_store.record_attempts(
+            session, [factories.outcome(job_id=job.id, position=1, decision=None, attempts=3)]
+        )
+
+    failed = [crash(database, job, 0, 1) for _ in range(4)] + [crash(database, job, 1)]
+
+    assert failed == [0, 0, 0, 0, 1]
+    first, second = rows(database, job)
+    assert (first.state, first.error_code, first.crashes) == (TaskState.PENDING, None, 4)
+    assert (second.state, second.error_code, second.attempts) == (TaskState.FAILED, "interrupted", 3)
+    assert second.error_message == INTERRUPTED.message
+
+
+def test_crash_does_not_count_for_a_task_that_is_decided(database: Database) -> None:
+    job = factories.store_job(database=database, tasks=2)
+    with database.write() as session:
+        task_store.record_answers(session, [factories.outcome(job_id=job.id)])
+
+    failed = crash(database, job, 0, 1, limit=1)
+
+    assert failed == 1
+    assert [row.state for row in rows(database, job)] == [TaskState.ANSWERED, TaskState.FAILED]
+    assert crashes(database, job) == [0, 1]
+
+
+def test_charged_tries_are_no_crashes(database: Database) -> None:
+    job = factories.store_job(database=database)
+    with database.write() as session:
+        task_store.record_attempts(session, [factories.outcome(job_id=job.id, decision=None, attempts=4)])
+
+    assert crash(database, job, 0) == 0
+
+
+def test_reopened_task_starts_with_no_crash(database: Database) -> None:
+    job = factories.store_job(database=database, tasks=3)
+    for _ in range(4):
+        crash(database, job, 0, 1)
+    crash(database, job, 0)
+    with database.write() as session:
+        task_store.fail_pending(session, job.id, CANCELLED, after=-1, spare=())
+
+    with database.write() as session:
+        task_store.reopen_slice(session, job.id, [ErrorCode.INTERRUPTED], -1)
+    assert crashes(database, job) == [0, 4, 0]
+    with database.write() as session:
+        task_store.reopen_slice(session, job.id, None, -1)
+
+    assert crashes(database, job) == [0, 0, 0]
+    assert crash(database, job, 0, 1) == 0
+
+
+def test_tasks_of_every_form_come_back_as_they_were(database: Database) -> None:
+    forms: list[Prompt] = [
+        "plain",
+        'a "quote", a \\ and\na line; Привіт, 🙂 and \u2028',
+        [{"role": "user", "content": "Привіт"}],
+        {"lang": "fr", "n": 1.5},
+    ]
+    tasks = [
+        NewTask(f"t{place}", forms[place % len(forms)], place) for place in range(2 * ROWS_A_STATEMENT + 7)
+    ]
+    job = factories.store_job(database=database, tasks=1)
+
+    with database.write() as session:
+        task_store.add_tasks(session, job.id, 1, tasks)
+
+    with database.read() as session:
+        page = task_store.pending_page(session, job.id, 0, 1000, 1_000_000)
+        ids = [task.id for task in task_store.results_page(session, job.id, 0, 1000)]
+    assert [(task.position, task.prompt, task.tokens) for task in page] == [
+        (place, task.prompt, task.tokens) for place, task in enumerate(tasks, 1)
+    ]
+    assert [(task.attempts, task.crashes) for task in page] == [(0, 0)] * len(tasks)
+    assert ids == [task.id for task in tasks]
