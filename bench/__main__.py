@@ -121,7 +121,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def _chosen(only: list[str] | None) -> list[Scenario]:
-    return [scenario for scenario in SCENARIOS if only is None or scenario.name in only]
+    if only is None:
+        return [scenario for scenario in SCENARIOS if not scenario.on_demand]
+    return [scenario for scenario in SCENARIOS if scenario.name in only]
 
 
 def _end(number: int, _: FrameType | None) -> None:

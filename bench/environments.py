@@ -1,4 +1,7 @@
-"""A virtual environment for each peer, made on first use, from pinned requirements: they don't go together in one."""
+"""Virtual environments for what does not go together with our own packages, made on first use from pinned requirements.
+
+Each peer of the benchmark has one, and so has a tool of chaos.
+"""
 
 import hashlib
 import os
@@ -9,6 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 INSTALL_TIMEOUT_S = 900.0
+PIP_INSTALL = (
+    *("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"),
+    "--require-hashes",
+)
 
 
 class NotInstalled(Exception):
@@ -16,25 +23,26 @@ class NotInstalled(Exception):
 
 
 def python_of(name: str) -> Path:
-    """The Python of the environment for `requirements-<name>.txt`, made or renewed where it is not up to date.
+    """The Python of the environment for `requirements-<name>.txt`. Raises NotInstalled."""
+    requirements = ROOT / "bench" / f"requirements-{name}.txt"
+    return make_environment(ROOT / f".venv-bench-{name}", requirements) / "python"
+
+
+def make_environment(folder: Path, requirements: Path, *options: str) -> Path:
+    """The folder of its programs, made or renewed where it is not up to date; `options` are further ones of pip's.
 
     Raises NotInstalled.
     """
-    requirements = ROOT / "bench" / f"requirements-{name}.txt"
-    folder = ROOT / f".venv-bench-{name}"
-    python = folder / "bin" / "python"
+    programs = folder / "bin"
     stamp = folder / ".installed"
     wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
     if not (stamp.is_file() and stamp.read_text() == wanted):
         shutil.rmtree(folder, ignore_errors=True)
         print(f"installing {folder.name} …", file=sys.stderr, flush=True)
         _run(sys.executable, "-m", "venv", str(folder))
-        _run(str(python), *_PIP_INSTALL, "--require-hashes", "--requirement", str(requirements))
+        _run(str(programs / "python"), *PIP_INSTALL, *options, "--requirement", str(requirements))
         stamp.write_text(wanted)
-    return python
-
-
-_PIP_INSTALL = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input")
+    return programs
 
 
 def _run(*command: str) -> None:

@@ -4,14 +4,11 @@ Processes are found by their session in /proc, so Linux only. Memory is the sum 
 """
 
 import os
-import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from bench.sampling import Sampling
 from tests.upstream import Upstream
 
 EVERY_S = 0.25
@@ -68,26 +65,14 @@ def unshared_bytes(session: int) -> int:
     return total
 
 
-class Watch:
+class Watch(Sampling[Sample]):
     """Samples a session of processes, and the upstream, until its `with` ends."""
 
     def __init__(self, session: int, upstream: Upstream | None = None, *, without: int | None = None) -> None:
-        self._look: Callable[[], Usage] = lambda: usage_of(session, without=without)
+        super().__init__(self._look_at_both, EVERY_S)
+        self._session = session
+        self._without = without
         self._upstream = upstream
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self.samples: list[Sample] = []
-
-    def __enter__(self) -> Self:
-        self._sample()
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
-        self._thread.join()
 
     def peak_rss_bytes(self) -> int:
         return max(sample.usage.rss_bytes for sample in self.samples)
@@ -105,16 +90,11 @@ class Watch:
     def _nearest(self, at_s: float) -> Sample:
         return min(self.samples, key=lambda sample: abs(sample.at_s - at_s))
 
-    def _run(self) -> None:
-        while not self._over.wait(EVERY_S):
-            self._sample()
-        self._sample()
-
-    def _sample(self) -> None:
-        usage = self._look()
+    def _look_at_both(self) -> Sample | None:
+        usage = usage_of(self._session, without=self._without)
         if not usage.processes and self.samples:
-            return  # all have ended: what they had used is known from the sample before
+            return None  # all have ended: what they had used is known from the sample before
         answered = 0
         if self._upstream is not None:
             answered = sum(key["by_status"].get(200, 0) for key in self._upstream.counters().values())
-        self.samples.append(Sample(time.monotonic(), usage, answered))
+        return Sample(time.monotonic(), usage, answered)

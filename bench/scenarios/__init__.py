@@ -8,7 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.report import Row
-from bench.scenarios import edges, fairness, faults, growth, limits, overhead, packing
+from bench.scenarios import (
+    crowd,
+    databases,
+    edges,
+    fairness,
+    faults,
+    growth,
+    limits,
+    million,
+    overhead,
+    packing,
+)
 
 Repetition = dict[str, Any]
 
@@ -20,6 +31,8 @@ class Scenario:
     name: str
     run: Callable[[float], Repetition]
     rows: Callable[[list[Repetition]], list[Row]]
+    on_demand: bool = False
+    """Whether it takes so long that it only runs where it is named."""
 
 
 SCENARIOS = (
@@ -30,4 +43,7 @@ SCENARIOS = (
     Scenario("packing", packing.run, packing.rows),
     Scenario("growth", growth.run, growth.rows),
     Scenario("edges", edges.run, edges.rows),
+    Scenario("million", million.run, million.rows, on_demand=True),
+    Scenario("crowd", crowd.run, crowd.rows, on_demand=True),
+    Scenario("databases", databases.run, databases.rows, on_demand=True),
 )

@@ -4,11 +4,11 @@ import time
 from typing import Any
 
 from bench.figures import Spread, number, percentile
+from bench.neighbour import small_job_s
 from bench.ours import serving
 from bench.race import keys
 from bench.report import Row, judged
-from bench.work import MODEL, count_lost_and_wrong
-from tests.service import Service
+from bench.work import MODEL
 from tests.upstream import KeyRules, Upstream
 
 TASKS = 20_000
@@ -23,7 +23,7 @@ def run(scale: float) -> dict[str, Any]:
         serving(upstream) as service,
     ):
         neighbour = service.user("b@example.org")
-        alone_s = [_small_job_s(service, neighbour, n) for n in range(max(5, int(ALONE * min(1.0, scale))))]
+        alone_s = [small_job_s(service, neighbour, n) for n in range(max(5, int(ALONE * min(1.0, scale))))]
         tasks = [f"Translate to French: sentence {n}" for n in range(int(TASKS * scale))]
         begin_s = time.monotonic()
         reply = service.submit(tasks, {"model": MODEL}, timeout_s=300.0, prefer="respond-async")
@@ -31,7 +31,7 @@ def run(scale: float) -> dict[str, Any]:
         job_id = reply.json()["id"]
         beside_s: list[float] = []
         while True:
-            took_s = _small_job_s(service, neighbour, len(beside_s))
+            took_s = small_job_s(service, neighbour, len(beside_s))
             job = service.job(job_id, results=False)
             if job["finished_at"] is not None:
                 break  # the small job may have had the end of it for itself
@@ -43,16 +43,6 @@ def run(scale: float) -> dict[str, Any]:
         "large_job": job["status"],
         "large_job_tasks_per_s": len(tasks) / wall_s,
     }
-
-
-def _small_job_s(service: Service, token: str, number: int) -> float:
-    tasks = {str(task): f"Say hello, number {number}.{task}" for task in range(3)}
-    begin_s = time.monotonic()
-    reply = service.submit(tasks, {"model": MODEL, "delivery": "inline"}, token)
-    took_s = time.monotonic() - begin_s
-    assert reply.status_code == 200, reply.text
-    assert count_lost_and_wrong(tasks, reply.json()["results"]) == (0, 0), reply.text
-    return took_s
 
 
 def rows(repetitions: list[dict[str, Any]]) -> list[Row]:

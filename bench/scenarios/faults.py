@@ -18,8 +18,6 @@ P_500, P_RESET, P_HANG = 0.05, 0.02, 0.01
 EXHAUSTED_AFTER = 200
 IN_FLIGHT = 100
 DEADLINE_S = 4.0
-THREADS_PER_KEY = IN_FLIGHT // (KEYS - 1)
-"""A refused key takes no more than a call at a time, so the other four make up what may be in flight."""
 REFUSED_KEY, EXHAUSTED_KEY = "sk-bench-key-0", "sk-bench-key-1"
 PEERS = (contestants.OPENAI_THREADS, contestants.OPENAI_ASYNC, contestants.ROUTER, contestants.PROXY)
 WANTED_RATIO = 1.7
@@ -42,7 +40,7 @@ def run(scale: float) -> dict[str, Any]:
         work,
         keys([KeyRules(refused=True), exhausted, *rules]),
         PEERS,
-        env={"GPT_DEADLINE_S": f"{DEADLINE_S:g}", "GPT_THREADS_PER_KEY": str(THREADS_PER_KEY)},
+        env={"GPT_DEADLINE_S": f"{DEADLINE_S:g}", "GPT_MAX_IN_FLIGHT": str(IN_FLIGHT)},
         look=_look,
         log_calls=True,
         log_size=100_000,
