@@ -31,12 +31,8 @@ LARGE_TASKS = 400  # more than the service keeps in memory before it lets later 
 FINISHED_WITHIN_S = 90.0
 DELIVERED_WITHIN_S = 60.0
 UNFINISHED = ("queued", "running")
-TRIED_OUT = {
-    "upstream_error",
-    "connection",
-    "bad_response",
-    "rate_limited",
-}  # only where the endpoint was troubled
+# Only where the endpoint was troubled.
+TRIED_OUT = {"upstream_error", "connection", "bad_response", "rate_limited"}
 STORMS = (
     Fault(kind=FaultKind.STATUS, status=500),
     Fault(kind=FaultKind.STATUS, status=503, retry_after_s=0.2),
@@ -341,9 +337,8 @@ class World:
             demand(("purge", 204) in statuses, "race without a purge", statuses)
             self._forget(job)
             return
-        retried = statuses.count(
-            ("retry", 202)
-        )  # twice, if the first one's run had ended before the second came
+        # Twice, if the first one's run had ended before the second came.
+        retried = statuses.count(("retry", 202))
         job.run += retried
         shown = self.service.job(job.id)
         if "cancel" in names or retried:

@@ -347,9 +347,8 @@ class _Opened:
 
     filesystem: Any
     root: str
-    turn: threading.Lock = field(
-        default_factory=threading.Lock
-    )  # of a driver that is not made for many threads
+    # Of a driver that is not made for many threads.
+    turn: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def protocols(self) -> frozenset[str]:
@@ -565,9 +564,8 @@ def _s3_config(values: Mapping[str, str]) -> dict[str, Any]:
         "read_timeout": ANSWER_S,
         "retries": {"max_attempts": 1},
     }
-    if (
-        "S3_ENDPOINT" in values
-    ):  # what others than Amazon take: no bucket in the host's name, no new check sums
+    # What others than Amazon take: no bucket in the host's name, no new check sums.
+    if "S3_ENDPOINT" in values:
         config |= {"s3": {"addressing_style": "path"}, "request_checksum_calculation": "when_required"}
     return config
 

@@ -202,9 +202,8 @@ Line = list[JobRun]
 @dataclass(slots=True, eq=False)
 class _User:
     virtual_time: float = 0.0
-    lines: dict[str, Line] = field(
-        default_factory=dict
-    )  # by model: what one of them waits for holds up no other
+    # By model: what one of them waits for holds up no other.
+    lines: dict[str, Line] = field(default_factory=dict)
 
 
 class FairQueue:

@@ -60,9 +60,8 @@ class Reply(Generic[Result]):
     limits: LimitHeaders = field(default_factory=LimitHeaders)
     organization: str | None = None
     project: str | None = None
-    hold: Hold | None = field(
-        default=None, compare=False, repr=False
-    )  # for as long as its texts are in nobody's store
+    # For as long as its texts are in nobody's store.
+    hold: Hold | None = field(default=None, compare=False, repr=False)
 
 
 AnyReply = Reply[Answer] | Reply[Answers]

@@ -510,9 +510,8 @@ class Jobs:
         try:
             with self._database.read() as session:
                 stored = job_store.get_job(session, job.id)
-        except (
-            SQLAlchemyError
-        ):  # it is stored and queued: a failure now would have the client submit it again
+        except SQLAlchemyError:
+            # It is stored and queued: a failure now would have the client submit it again.
             log.warning("a queued job can't be read back", extra={"action": "submit", "job_id": job.id})
             return
         if stored is None or stored.status not in UNFINISHED:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from http.client import HTTPException, IncompleteRead
 from typing import IO
 
+from gpt_worker.gzip_members import inflate, new_member
+
 PIECE_BYTES = 64 << 10
 FREE_BYTES = 1 << 20  # what every reply may take: as much as the longest answer of today's models
 BUDGET_BYTES = 32 << 20  # what all larger ones may take together
@@ -21,7 +23,6 @@ MAX_TRAILERS = 100
 MAX_CHUNK_LINE_BYTES = 1024
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r?\n")  # RFC 9112, 7.1
 CHUNK_COST_BYTES = 64  # a chunk counts as so much at least, or tiny ones would take minutes inside the limit
-GZIP_WITH_HEADER = 31  # zlib's window bits
 
 Look = Callable[[], None]  # raises when the call is over
 
@@ -55,9 +56,8 @@ class Budget:
 
     def __init__(self, size_bytes: int) -> None:
         self.free_bytes = size_bytes
-        self._changed = (
-            threading.Condition()
-        )  # on a lock that a Hold may take again, should it end right here
+        # A Condition's own lock is an RLock: a Hold may end, and take it again, in a thread that has it.
+        self._changed = threading.Condition()
         self._waiting: deque[object] = deque()
 
     @property
@@ -191,14 +191,12 @@ def _chunk_size(line: bytes) -> int:
 
 def _gunzip(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """What one gzip member holds, which is what servers send. Source: RFC 1952."""
-    member = zlib.decompressobj(GZIP_WITH_HEADER)
+    member = new_member()
     for sent in pieces:
         if member.eof:
             raise BodyUnreadable("more than one gzip member")
         try:
-            yield (unpacked := member.decompress(sent, PIECE_BYTES))
-            while not member.eof and (member.unconsumed_tail or len(unpacked) == PIECE_BYTES):
-                yield (unpacked := member.decompress(member.unconsumed_tail, PIECE_BYTES))
+            yield from inflate(member, sent, PIECE_BYTES)
         except zlib.error as error:
             raise BodyUnreadable("damaged gzip") from error
     if not member.eof or member.unused_data:

@@ -116,10 +116,8 @@ class ResultFiles:
             log.warning(
                 "a file of results is written again: %s", error, extra={"action": "drive", "job_id": job.id}
             )
-            with (
-                suppress(SQLAlchemyError),
-                self._database.write() as session,
-            ):  # else the next reader sees to it
+            # Where that fails, the next reader sees to it.
+            with suppress(SQLAlchemyError), self._database.write() as session:
                 store.write_again(session, job.id, job.run, self._clock())
         except DriveError:
             self._in_doubt = True

@@ -175,10 +175,8 @@ class ThreadBudget:
         self._lock = threading.Lock()
         self._busy: set[socket.socket] = set()
         self._receiving: dict[socket.socket, str | None] = {}  # a stranger's with their network
-        self._has_refused = {
-            True: False,
-            False: False,
-        }  # a stranger's body, or another, since a slow one made room
+        # A stranger's body, or another, since a slow one made room.
+        self._has_refused = {True: False, False: False}
 
     def begin(self, sock: socket.socket) -> None:
         """A request goes to a thread."""
@@ -716,9 +714,8 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             logger.error("A request failed outside the application.", exc_info=exc, extra=facts)
         else:
             logger.debug("A malformed request was refused: %s", detail, extra=facts)
-        with contextlib.suppress(
-            OSError
-        ):  # so short a page fits into the socket's buffer, or nobody reads it
+        # So short a page fits into the socket's buffer, or nobody reads it.
+        with contextlib.suppress(OSError):
             client.send(render_problem(status, detail, request_id), socket.MSG_DONTWAIT)
 
     def _is_whole(self, conn: Connection) -> bool:

@@ -38,9 +38,8 @@ MARK = "what Ada alone may read"
 ADA, BOB = "ada@lovelace.example", "bob@example.org"  # /openapi.json shows an ada@example.org
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND")
 ENV = {"PUBLIC_URL": "http://public.example", "MAX_USER_JOBS": "0", "MAX_USER_REQUESTS_PER_MINUTE": "0"}
-PROXIED = {
-    "X-Forwarded-For": "203.0.113.7"
-}  # from elsewhere: what the machine itself may do is asked separately
+# From elsewhere: what the machine itself may do is asked separately.
+PROXIED = {"X-Forwarded-For": "203.0.113.7"}
 
 OK: Status = frozenset(range(200, 300))
 UNAUTHENTICATED, FORBIDDEN, MISSING, NO_METHOD = (frozenset({status}) for status in (401, 403, 404, 405))

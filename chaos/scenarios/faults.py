@@ -77,9 +77,8 @@ TROUBLES: Sequence[tuple[Fault, int]] = (  # each with its weight
     (Fault(kind=FaultKind.NO_USAGE), 4),
 )
 PACK_TROUBLES: Sequence[tuple[Fault, int]] = (
-    *(
-        (fault, weight) for fault, weight in TROUBLES if fault.status not in (400, 422)
-    ),  # packs would end by these
+    # Packs would end by these.
+    *((fault, weight) for fault, weight in TROUBLES if fault.status not in (400, 422)),
     *((Fault(kind=kind), 6) for kind in FaultKind if kind.startswith("packed_")),
 )
 
@@ -184,10 +183,8 @@ def _effects(text: str, call: Call, before: _Tried) -> list[Fate | _Tried]:
     effects = [_charged(before, CODES.get(call.fault, ErrorCode.BAD_RESPONSE))]
     if call.fault in (FaultKind.RESET, FaultKind.CLOSE) and not before.stale:
         effects.append(replace(before, stale=True))
-    if call.fault in (
-        FaultKind.HUGE_BODY,
-        FaultKind.GZIP_BOMB,
-    ):  # on a busy machine the deadline may come first
+    # On a busy machine the deadline may come first.
+    if call.fault in (FaultKind.HUGE_BODY, FaultKind.GZIP_BOMB):
         effects.append(_charged(before, ErrorCode.TIMEOUT))
     return effects
 

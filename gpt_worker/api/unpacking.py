@@ -10,10 +10,10 @@ from typing import IO
 from werkzeug.exceptions import BadRequest, ClientDisconnected
 
 from gpt_worker.errors import TooLarge
+from gpt_worker.gzip_members import inflate, new_member
 
 PIECE_BYTES = 64 << 10
 CHECK_EVERY_BYTES = 1 << 20
-GZIP_WITH_HEADER = 31  # zlib's window bits
 
 
 def sent_pieces(stream: IO[bytes], length: int | None) -> Iterator[bytes]:
@@ -73,23 +73,13 @@ def gunzip(pieces: Iterable[bytes]) -> Iterator[bytes]:
                 piece = piece.lstrip(b"\0") if members else piece
                 if not piece:
                     break
-                member = zlib.decompressobj(GZIP_WITH_HEADER)
+                member = new_member()
                 members += 1
-            unpacked = _unpack(member, piece)
-            if unpacked:
-                yield unpacked
-            while not member.eof and (member.unconsumed_tail or len(unpacked) == PIECE_BYTES):
-                unpacked = _unpack(member, member.unconsumed_tail)
-                if unpacked:
-                    yield unpacked
+            try:
+                yield from filter(None, inflate(member, piece, PIECE_BYTES))
+            except zlib.error as error:
+                raise BadRequest("The body is not gzip, or is damaged.") from error
             piece = member.unused_data
             member = None if member.eof else member
     if member is not None or not members:
         raise BadRequest("The gzip data ends early.")
-
-
-def _unpack(member: "zlib._Decompress", packed: bytes) -> bytes:
-    try:
-        return member.decompress(packed, PIECE_BYTES)
-    except zlib.error as error:
-        raise BadRequest("The body is not gzip, or is damaged.") from error

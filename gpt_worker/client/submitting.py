@@ -15,9 +15,8 @@ STILL_STORED_RETRY_AFTER_S = 1.0
 
 def submit(server: Server, body: Body, on_wait: OnWait) -> Json:
     """The accepted job. Raises a ClientError, after PATIENCE_S for trouble that might have passed."""
-    with suppress(
-        Busy
-    ):  # that is waited for below; nobody there, or a token that is no good, is told at once
+    # That is waited for below; nobody there, or a token that is no good, is told at once.
+    with suppress(Busy):
         server.listed("/jobs", {"limit": "1"})
     headers = {**body.headers, "Idempotency-Key": str(uuid.uuid4()), "Prefer": "respond-async"}
 

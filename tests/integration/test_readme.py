@@ -145,9 +145,8 @@ def make_clone(directory: Path) -> Path:
         if (ROOT / name).is_file():
             shutil.copy2(ROOT / name, directory / name)
     assert Path(sys.prefix) == ROOT / ".venv", "run the tests with `make test`: they go through its .venv"
-    (directory / ".venv").symlink_to(
-        ROOT / ".venv"
-    )  # what is installed there is what `make run` would install
+    # What is installed there is what `make run` would install.
+    (directory / ".venv").symlink_to(ROOT / ".venv")
     return directory
 
 

@@ -471,9 +471,8 @@ def test_no_backlogged_user_waits_for_more_than_the_shares_of_the_others(
             queue.add(job)
         left[str(number)] = len(tokens) * jobs_per_user
     waited = dict.fromkeys(left, 0)
-    allowed = (
-        2 * (len(sizes) - 1) * largest
-    )  # others' work between two services: theirs to catch up, then one each
+    # Others' work between two services: theirs to catch up, then one each.
+    allowed = 2 * (len(sizes) - 1) * largest
 
     while (served := serve(queue)) is not None:
         job, task = served

@@ -111,9 +111,8 @@ def test_lock_is_not_inherited_by_a_child(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:
         lock.release()
 
-        DataDirLock(tmp_path).acquire(
-            wait_s=5.0
-        )  # the kernel closes a child's files a moment after its start
+        # The kernel closes a child's files a moment after its start.
+        DataDirLock(tmp_path).acquire(wait_s=5.0)
 
         child.communicate(b"\n")
 

@@ -199,9 +199,8 @@ def test_key_bound_by_tokens_is_full_whatever_the_server_takes_for_a_task(
     took_s = world.run(tasks)
 
     assert best_s(world, tasks) / (took_s - 1.0) >= 0.95
-    assert world.refused <= (
-        10 if charged_tokens < 200 else 40
-    )  # as many as are sent before the first reply tells
+    # As many as are sent before the first reply tells.
+    assert world.refused <= (10 if charged_tokens < 200 else 40)
 
 
 def test_keys_of_one_quota_share_it() -> None:
@@ -221,11 +220,8 @@ def change(world: World, rules: KeyRules) -> None:
 @pytest.mark.parametrize(
     ("after", "best_s", "refused"),
     [
-        (
-            150,
-            20 + (150 - 37.5) / 2.5 + 300 / 5,
-            12,
-        ),  # what was used is more than the new limit holds: it is in debt
+        # What was used is more than the new limit holds: it is in debt.
+        (150, 20 + (150 - 37.5) / 2.5 + 300 / 5, 12),
         (1200, 20 + 0.3, 2),
     ],
 )

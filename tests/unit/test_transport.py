@@ -590,9 +590,8 @@ def test_connection_that_breaks_after_it_answered_is_not_stale(serve: Serve) -> 
             return
         connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n{")
         threading.Event().wait(0.05)
-        connection.setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0"
-        )  # a reset, not an end
+        # A reset, not an end.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
         connection.close()
 
     transport = to(serve(answer))
