@@ -54,6 +54,16 @@ class FileLines:
                 return None
             return line
 
+    def peek_whole(self) -> bytes:
+        """The lines that are in memory whole, with their ends; nothing where one of them may be over the limit."""
+        end = self._block.rfind(b"\n", self._at) + 1
+        return self._block[self._at : end] if self._at < end <= self._at + self._max_line_bytes else b""
+
+    def pass_over(self, whole: bytes) -> None:
+        """The lines that were just seen are done with."""
+        self._at += len(whole)
+        self.number += whole.count(b"\n")
+
     def next_with(self, mark: bytes) -> bytes | None:
         """The next lines up to the first with `mark` in it, or what is left; `number` is that of the last.
 

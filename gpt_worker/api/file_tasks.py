@@ -12,7 +12,7 @@ from werkzeug.exceptions import BadRequest
 
 from gpt_worker.api.file_lines import FileLines, LineTooLong
 from gpt_worker.api.job_body import TASK_FORMS, TaskReader, check_id
-from gpt_worker.api.parsing import not_utf8, parse_line
+from gpt_worker.api.parsing import not_utf8, parse_line, parse_lines
 from gpt_worker.api.seen_ids import SeenIds
 from gpt_worker.domain import JobSettings, NewTask
 from gpt_worker.errors import Invalid, TooLarge
@@ -74,9 +74,24 @@ def _tasks(rows: Iterator[Row], settings: JobSettings, max_tasks: int) -> Iterat
 
 
 def _jsonl_rows(lines: FileLines) -> Iterator[Row]:
-    while (raw := lines.next(skip_blank=True)) is not None:
-        line = lines.number
-        said = parse_line(raw, line)
+    one_by_one_to = 1  # the first may begin with a BOM
+    while True:
+        if lines.number >= one_by_one_to:
+            whole = lines.peek_whole()
+            many = parse_lines(whole)
+            if many is not None:
+                yield from _checked(enumerate(many, lines.number + 1))
+                lines.pass_over(whole)
+                continue
+            one_by_one_to = lines.number + whole.count(b"\n")
+        raw = lines.next(skip_blank=True)
+        if raw is None:
+            return
+        yield from _checked([(lines.number, parse_line(raw, lines.number))])
+
+
+def _checked(rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
+    for line, said in rows:
         _check_members(said, line)
         yield line, said
 

@@ -97,6 +97,31 @@ def parse_line(raw: bytes, line: int) -> Any:
         raise
 
 
+def parse_lines(whole: bytes) -> list[dict[str, str]] | None:
+    """What many lines of a file say, each an object of texts, in a third of the time; None: read them one by one.
+
+    Each begins with "{" and ends with "}". They are read as one list, and no object of texts reaches over the end of a
+    line: a "}" there is the object's own, since a text of JSON has no line end. So as many objects as lines are one
+    each.
+    """
+    count = whole.count(b"\n")
+    if whole.endswith(b"}\r\n"):
+        whole = whole.replace(b"\r\n", b"\n")
+    is_plain = whole[:1] == b"{" and whole[-2:] == b"}\n" and whole.count(b"}\n{") == count - 1
+    if not is_plain or len(whole) > ONE_AT_A_TIME_BYTES or b"\\u0000" in whole:
+        return None
+    try:
+        values = jiter.from_json(
+            b"[%s]" % whole[:-1].replace(b"\n", b",\n"),
+            allow_inf_nan=False,
+            cache_mode="keys",
+            catch_duplicate_keys=True,
+        )
+    except ValueError:
+        return None
+    return values if len(values) == count and all(map(_holds_only_texts, values)) else None
+
+
 def _holds_only_texts(value: Any) -> bool:
     if not isinstance(value, dict):
         return False

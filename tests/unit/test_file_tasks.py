@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from werkzeug.exceptions import BadRequest
 
@@ -51,6 +51,76 @@ def found(read: Read, raw: bytes, settings: JobSettings = PLAIN) -> Found:
 )
 def test_jsonl_is_a_task_a_line(raw: bytes, settings: JobSettings, tasks: Found) -> None:
     assert found(jsonl_tasks, raw, settings) == tasks
+
+
+# Lines that would be others, or none, where they are read together.
+ODD_LINES = [
+    b'{"text": "a"}',
+    b'{"text": "b", "id": "x"}',
+    b'{"id": "y", "text": "\\u00e9}"}',
+    b'{"text": "}"}',
+    b'{"text": "a"},{"text": "b"}',
+    b'{"text": "a"},{"id": "z"',
+    b'"text": "b"}',
+    b'{"text": "a}',
+    b'{"}',
+    b"{}",
+    b'{"text": [{}',
+    b"{}]}",
+    b'{"messages": [{"role": "user"}]}',
+    b'{"text": "a", "text": "b"}',
+    b'{"text": "\\u0000"}',
+    b'{"text": "\\ud800"}',
+    b'{"text": "\xff"}',
+    b'{"texts": "a"}',
+    b'{"text": "a"}\r',
+    b'[{"text": "a"}]',
+    b" ",
+    b"",
+]
+
+
+def told(pieces: Iterable[bytes]) -> list[NewTask | str]:
+    """The tasks, and behind them the error that ended it."""
+    read: list[NewTask | str] = []
+    try:
+        read.extend(jsonl_tasks(pieces, PLAIN, 1 << 20, 100))
+    except (BadRequest, Invalid) as error:
+        read.append(f"{error.description if isinstance(error, BadRequest) else error} {vars(error)}")
+    return read
+
+
+TWO = b'{"text": "a"},{"text": "b"}'
+
+
+@example(lines=[TWO], ends=True, crlf=False)
+@example(lines=[b'{"text": "a"},{"id": "z"', b'"text": "b"}'], ends=True, crlf=False)
+@example(lines=[b'{"text": "a}', b'{"}', TWO], ends=True, crlf=False)
+@example(lines=[b'{"text": [{}', b"{}]}", TWO], ends=True, crlf=False)
+@example(lines=[b'{"text": "a"}', b'{"text": "\\u0000"}'], ends=True, crlf=True)
+@given(lines=st.lists(st.sampled_from(ODD_LINES), max_size=6), ends=st.booleans(), crlf=st.booleans())
+def test_jsonl_lines_that_are_read_together_are_what_each_is_alone(
+    lines: list[bytes], *, ends: bool, crlf: bool
+) -> None:
+    newline = b"\r\n" if crlf else b"\n"
+    raw = newline.join([b'{"text": "first"}', *lines]) + newline * ends
+
+    assert told([raw]) == told(bytes([byte]) for byte in raw)
+
+
+def test_jsonl_of_many_lines_comes_in_their_order() -> None:
+    raw = b"".join(b'{"id": "%d", "text": "text %d"}\n' % (number, number) for number in range(5000))
+    pieces = [raw[start : start + 1000] for start in range(0, len(raw), 1000)]
+
+    read = [(task.id, task.prompt) for task in jsonl_tasks(pieces, PLAIN, 1 << 20, 5000)]
+
+    assert read == [(str(number), f"text {number}") for number in range(5000)]
+
+
+def test_jsonl_error_among_many_lines_tells_its_own() -> None:
+    raw = b'{"text": "a"}\n' * 40 + b'{"text": 1}\n' + b'{"text": "a"}\n' * 40
+
+    assert "41" in str(told([raw])[-1])
 
 
 @pytest.mark.parametrize(
