@@ -270,7 +270,8 @@ def _answer(parsed: Any) -> Answer | Problem:
         content, refusal = message.get("content"), message.get("refusal")
     except (TypeError, KeyError, IndexError, AttributeError):
         return _bad_response("the reply is not a chat completion")
-    finish_reason = finish_reason[:50] if isinstance(finish_reason, str) and finish_reason else "stop"
+    told = isinstance(finish_reason, str) and finish_reason != ""
+    finish_reason = _storable(finish_reason)[:50] if told else "stop"
     if isinstance(refusal, str) and refusal and not content:
         return Answer(_storable(refusal), "refusal")
     if isinstance(content, str) and (content or finish_reason != "content_filter"):

@@ -199,6 +199,7 @@ def test_headers_tell_whose_quota_it_was() -> None:
         (completion(content="", finish_reason="length"), Answer("", "length")),
         (completion(finish_reason=None), Answer("Bonjour")),
         (completion(finish_reason="x" * 99), Answer("Bonjour", "x" * 50)),
+        (completion(finish_reason="st\0p"), Answer("Bonjour", "st\ufffdp")),  # PostgreSQL stores no NUL
         (completion(finish_reason="content_filter"), Answer("Bonjour", "content_filter")),
         (completion(content=None, message={"refusal": "I won't"}), Answer("I won't", "refusal")),
         (completion(content="a\x00b"), Answer("a\ufffdb")),
