@@ -150,7 +150,11 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 5.0
 
     def _handle(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        length = int(self.headers.get("Content-Length", "0"))
+        body = self.rfile.read(length)
+        if len(body) < length:  # its sender was killed meanwhile: nothing was received
+            self.close_connection = True
+            return
         headers = {name.lower(): value for name, value in self.headers.items()}
         receiver = self.server.receiver
         reply = receiver.take(Received(self.command, self.path, headers, body, time.monotonic()))
