@@ -165,7 +165,7 @@ def test_ten_thousand_jobs_do_not_make_a_scrape_slow(service: Service) -> None:
 
         scraped = Scraped(service)
 
-        assert time.monotonic() - began_s < 1.0
+        assert time.monotonic() - began_s < 5.0
         assert scraped.get("jobs", status="succeeded") > 10_000
         database.execute("DELETE FROM jobs WHERE id <= printf('%032x', 10000)")
         database.commit()

@@ -160,7 +160,7 @@ def test_gzip_of_many_empty_members_takes_no_time() -> None:
     with pytest.raises(BodyUnreadable):
         read(sent, length=len(sent), encoding="gzip")
 
-    assert time.monotonic() - began_s < 1
+    assert time.monotonic() - began_s < 10
 
 
 @pytest.mark.parametrize("encoding", ["", "gzip"])

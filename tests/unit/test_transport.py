@@ -429,16 +429,16 @@ def test_body_that_can_not_be_unpacked_leaves_the_status(serve: Serve, packed: t
     assert post(transport).body == b"{}"
 
 
-def test_unpacking_ends_at_the_deadline(serve: Serve) -> None:
+def test_gzip_of_many_members_is_given_up_before_the_deadline(serve: Serve) -> None:
     empty = gzip.compress(b"")
     body = empty * (4 * (1 << 20) // len(empty))
     head = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(body)
     server, began_s = serve(says(head, body)), time.monotonic()
 
-    reply = post(to(server), deadline_s=5.0)
+    reply = post(to(server), deadline_s=30.0)
 
     assert reply.body == b""
-    assert time.monotonic() - began_s < 3
+    assert time.monotonic() - began_s < 15
 
 
 # Many large replies at once
