@@ -20,6 +20,7 @@ from gpt_worker.jobs import Jobs
 from gpt_worker.keys import KeyBoard
 from gpt_worker.lanes import Lane
 from gpt_worker.modes import ModeBoard
+from gpt_worker.ownership import check_driver
 from gpt_worker.progress import ProgressBoard
 from gpt_worker.rate_limit import Bursts
 from gpt_worker.recorder import Recorder
@@ -37,7 +38,9 @@ def assemble(settings: Settings) -> Flask:
     """The whole service, assembled and at rest."""
     app = api.make_app(__version__)
     install_tokens(app, settings)
-    database = Database(app, settings.database_url)
+    if settings.database.extra is not None:
+        check_driver(settings.database)
+    database = Database(app, settings.database.url)
     modes = ModeBoard(database)
     accounts = Accounts(database, settings, modes)
     recorder = Recorder(database, settings.request_api)

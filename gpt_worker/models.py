@@ -4,6 +4,7 @@ Times are aware UTC, cut to milliseconds. Long texts are LONGTEXT on MySQL, whos
 """
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,6 +24,12 @@ from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 LongText = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
+# On MySQL: every character, transactions, and "A" is not "a", whatever the server or the database has as its default.
+TABLE_OPTIONS: Mapping[str, Any] = {
+    "mysql_engine": "InnoDB",
+    "mysql_charset": "utf8mb4",
+    "mysql_collate": "utf8mb4_bin",
+}
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -53,6 +60,7 @@ class JsonText(TypeDecorator[dict[str, Any]]):
 
 class Base(DeclarativeBase):
     type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JsonText}  # noqa: RUF012 (SQLAlchemy reads it)
+    __table_args__: Any = TABLE_OPTIONS
 
 
 class UserRow(Base):
@@ -104,6 +112,7 @@ class JobRow(Base):
         Index("ix_jobs_owner", "owner_id", "id"),
         Index("ix_jobs_owner_status", "owner_id", "status", "id"),
         Index("ix_jobs_status", "status", "id"),
+        TABLE_OPTIONS,
     )
 
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -163,7 +172,7 @@ class DeliveryRow(Base):
     """The outbox: one webhook message, stored in the commit that made it due."""
 
     __tablename__ = "deliveries"
-    __table_args__ = (Index("ix_deliveries_due", "status", "next_attempt_at"),)
+    __table_args__ = (Index("ix_deliveries_due", "status", "next_attempt_at"), TABLE_OPTIONS)
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)  # the webhook-id
     job_id: Mapped[str | None] = mapped_column(String(32), index=True)
@@ -202,7 +211,7 @@ class ResultFileRow(Base):
     """
 
     __tablename__ = "result_files"
-    __table_args__ = (Index("ix_result_files_due", "state", "next_attempt_at"),)
+    __table_args__ = (Index("ix_result_files_due", "state", "next_attempt_at"), TABLE_OPTIONS)
 
     job_id: Mapped[str] = mapped_column(String(32), primary_key=True)
     run: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)

@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from flask import Flask
@@ -70,11 +70,12 @@ class Service:
     stopping: bool = False
     _troubled: bool = field(default=False, init=False)  # the numbers can't be read, and it has been told
 
-    def start(self) -> None:
+    def start(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Bring the tables up to date, take up what an earlier process left, and begin to serve.
 
         In the process that serves, after the fork and with DATA_DIR owned. Raises SettingsError if the embedded model
-        is to answer and is not there, or the drive's driver is not.
+        is to answer and is not there, or the drive's driver is not; StartGivenUp when it `is_wanted` no more while it
+        waits for the database's server.
         """
         check_settings(self.settings)
         if self.embedded is not None:
@@ -82,6 +83,7 @@ class Service:
                 check_installed(self.settings.model_path)
             except EmbeddedModelMissing as error:
                 raise SettingsError(str(error)) from error
+        self.database.await_up(is_wanted)
         self.database.migrate()
         with self.app.app_context():
             self.accounts.prepare()

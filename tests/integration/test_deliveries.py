@@ -130,7 +130,7 @@ class Outbox:
                 "PUBLIC_URL": "https://worker.example.org/gpt",
             }
         )
-        self.database = WatchedDatabase(Flask(__name__), self.settings.database_url)
+        self.database = WatchedDatabase(Flask(__name__), self.settings.database.url)
         self.clock = FakeClock()
         self.deliveries = self.make()
 

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from gpt_worker.models import JsonText, LongText, UtcDateTime
+from gpt_worker.models import TABLE_OPTIONS, JsonText, LongText, UtcDateTime
 
 revision = "0001"
 down_revision = None
@@ -28,6 +28,7 @@ def upgrade() -> None:
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("finished_at", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("id"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("deliveries", schema=None) as batch_op:
         batch_op.create_index("ix_deliveries_due", ["status", "next_attempt_at"], unique=False)
@@ -42,6 +43,7 @@ def upgrade() -> None:
         sa.Column("job_id", sa.String(length=32), nullable=True),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("user_key", "key_hash"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("idempotency_keys", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_idempotency_keys_created_at"), ["created_at"], unique=False)
@@ -53,6 +55,7 @@ def upgrade() -> None:
         sa.Column("last_failed_at", UtcDateTime(), nullable=False),
         sa.Column("locked_until", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("email_hash"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("login_failures", schema=None) as batch_op:
         batch_op.create_index(
@@ -64,6 +67,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=50), nullable=False),
         sa.Column("value", sa.String(length=200), nullable=False),
         sa.PrimaryKeyConstraint("name"),
+        **TABLE_OPTIONS,
     )
     op.create_table(
         "users",
@@ -75,6 +79,7 @@ def upgrade() -> None:
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("email"),
+        **TABLE_OPTIONS,
     )
     op.create_table(
         "delivery_attempts",
@@ -86,6 +91,7 @@ def upgrade() -> None:
         sa.Column("error", sa.String(length=500), nullable=True),
         sa.ForeignKeyConstraint(["delivery_id"], ["deliveries.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("delivery_id", "number"),
+        **TABLE_OPTIONS,
     )
     op.create_table(
         "jobs",
@@ -111,6 +117,7 @@ def upgrade() -> None:
         sa.Column("deadline_at", UtcDateTime(), nullable=False),
         sa.ForeignKeyConstraint(["owner_id"], ["users.id"], ondelete="SET NULL"),
         sa.PrimaryKeyConstraint("id"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_jobs_finished_at"), ["finished_at"], unique=False)
@@ -126,6 +133,7 @@ def upgrade() -> None:
         sa.Column("expires_at", UtcDateTime(), nullable=True),
         sa.ForeignKeyConstraint(["user_id"], ["users.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("tokens", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_tokens_expires_at"), ["expires_at"], unique=False)
@@ -149,6 +157,7 @@ def upgrade() -> None:
             ["jobs.id"],
         ),
         sa.PrimaryKeyConstraint("job_id", "position"),
+        **TABLE_OPTIONS,
     )
 
 

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from gpt_worker.models import UtcDateTime
+from gpt_worker.models import TABLE_OPTIONS, UtcDateTime
 
 revision = "0003"
 down_revision = "0002"
@@ -24,6 +24,7 @@ def upgrade() -> None:
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("written_at", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("job_id", "run"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("result_files", schema=None) as batch_op:
         batch_op.create_index("ix_result_files_due", ["state", "next_attempt_at"], unique=False)
