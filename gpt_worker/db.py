@@ -145,15 +145,16 @@ class Database:
         known = revisions()
         with self._write_at_last() as session:
             connection = session.connection()
+            self._home.lock_tables(connection)
             tables = inspect(connection).get_table_names()
-            if not tables:
-                Base.metadata.create_all(connection)  # what the migrations make; none of them makes rows
-                revision_table.create(connection)
-                connection.execute(insert(revision_table).values(version_num=known[-1]))
-                return True
             stored: set[str] = set()
             if revision_table.name in tables:
                 stored.update(connection.scalars(select(revision_table.c.version_num)))
+            if not tables or (self._home.makes_tables_singly and not stored):
+                Base.metadata.create_all(connection)  # what the migrations make; none of them makes rows
+                revision_table.create(connection, checkfirst=True)
+                connection.execute(insert(revision_table).values(version_num=known[-1]))
+                return True
         if not stored.issubset(known):
             raise SettingsError(
                 f"{self._home} belongs to a newer gpt-worker: start that one, or put the backup back"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sqlalchemy import URL, Engine, event
+from sqlalchemy import URL, Connection, Engine, event, func, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
@@ -22,6 +22,7 @@ LOCK_TIMEOUT_S = 10  # our own writers wait at the gate
 UNUSED_S = 1_800  # after which a firewall or the server may have forgotten a connection
 START_WAIT_S = 45.0
 LOOK_EVERY_S = 0.5
+TABLES_LOCK = 7_421_095_310  # any number that no other program uses
 LOST, FULL, BUSY, REFUSED = "no connection", "disk full", "busy", "refused"
 
 # What has happened, by SQLSTATE or the beginning of one (PostgreSQL, appendix A), and what of it people are told.
@@ -212,6 +213,21 @@ class Server:
 
     def prepare(self) -> None:
         """Nothing is made here: the database itself is the operator's."""
+
+    @property
+    def makes_tables_singly(self) -> bool:
+        """Whether each table is committed as it is made, so that a start cut short leaves some of them."""
+        return self._dialect in ("mysql", "oracle")
+
+    def lock_tables(self, connection: Connection) -> None:
+        """Let no other service make or change the tables, until this connection's transaction, or itself, has ended."""
+        if self._dialect == "postgresql":
+            connection.execute(select(func.pg_advisory_xact_lock(TABLES_LOCK)))
+        elif self._dialect == "mysql":
+            connection.execute(
+                text("SELECT GET_LOCK(SHA2(CONCAT('gpt-worker ', DATABASE()), 224), :wait_s)"),
+                {"wait_s": int(START_WAIT_S)},
+            )
 
     def look_through(self, session: Session) -> None:
         """The server looks after its files."""

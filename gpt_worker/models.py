@@ -222,3 +222,15 @@ class ResultFileRow(Base):
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the file, packed
     created_at: Mapped[datetime]
     written_at: Mapped[datetime | None]
+
+
+class OwnerRow(Base):
+    """The one service that may write, where the database is on a server; the only row."""
+
+    __tablename__ = "owners"
+
+    name: Mapped[str] = mapped_column(String(16), primary_key=True)
+    host: Mapped[str] = mapped_column(String(255))  # for people
+    place: Mapped[str] = mapped_column(String(64))  # tells which lock file the owner holds
+    token: Mapped[str] = mapped_column(String(32))
+    expires_at: Mapped[datetime]  # by the database's clock

@@ -1,7 +1,7 @@
 """One owner of DATA_DIR and of the database: file locks that one process at a time holds for as long as it serves.
 
 The worker takes them after the fork and before it opens anything, so that two servers never share a queue of jobs.
-A lock ends with the process, however that ends. It guards one host; it does not reach a database that others share.
+A lock ends with the process, however that ends. It guards one host; a database on a server has an owner's row besides.
 """
 
 import fcntl
@@ -14,6 +14,7 @@ from pathlib import Path
 from config import DATABASE_SERVERS, DatabaseSettings, Settings, SettingsError
 
 RETRY_EVERY_S = 0.1
+LOCK_NAME = "lock"  # in DATA_DIR
 SQLITE_HEADER = b"SQLite format 3\0"
 
 
@@ -78,7 +79,7 @@ class DataDirLock(FileLock):
     """The lock of one DATA_DIR."""
 
     def __init__(self, data_dir: Path) -> None:
-        super().__init__(data_dir / "lock", f"DATA_DIR {data_dir}")
+        super().__init__(data_dir / LOCK_NAME, f"DATA_DIR {data_dir}")
 
 
 class DatabaseLock(FileLock):
@@ -156,6 +157,6 @@ def check_driver(database: DatabaseSettings) -> None:
 def is_still_owner(data_dir: Path) -> bool:
     """Whether the lock file still names this process: it may have been deleted, and taken anew by another."""
     try:
-        return (data_dir / "lock").read_text("ascii").strip() == str(os.getpid())
+        return (data_dir / LOCK_NAME).read_text("ascii").strip() == str(os.getpid())
     except (OSError, UnicodeDecodeError):
         return False

@@ -97,6 +97,11 @@ class SqliteFile:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
 
+    makes_tables_singly = False  # a start that is cut short leaves none
+
+    def lock_tables(self, connection: Connection) -> None:
+        """Nobody else makes them: this transaction has the file."""
+
     def look_through(self, session: Session) -> None:
         """Raise SettingsError where a table that every start reads is damaged; the large ones would take long."""
         for name in inspect(session.connection()).get_table_names():
