@@ -213,13 +213,13 @@ class Recorder:
                 job_store.start(session, job_id, now)
             for job_id, outcomes in by_job.items():
                 progress = JobProgress(
-                    answered=task_store.record_answers(session, outcomes),
-                    failed=task_store.record_failures(session, outcomes),
+                    answered=task_store.record_answers(session, job_id, outcomes),
+                    failed=task_store.record_failures(session, job_id, outcomes),
                 )
                 if not (progress.answered or progress.failed) and any(map(_decided, outcomes)):
                     continue  # this very group was stored already, by a commit that seemed to fail
                 progress.results_bytes = sum(map(_result_bytes, outcomes))
-                task_store.record_attempts(session, outcomes)
+                task_store.record_attempts(session, job_id, outcomes)
                 for outcome in outcomes:
                     progress.add_call(outcome.calls, outcome.usage)
                 job_store.add_progress(session, job_id, progress)

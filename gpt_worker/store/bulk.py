@@ -1,0 +1,140 @@
+"""Many rows of tasks in few statements, in the words of each database: a journey for each row would be too slow.
+
+Values go as parameters; where a database has no words for it here, the driver runs a statement a row.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from sqlalchemy import Connection, Integer, Table, Update, bindparam, insert, update
+
+from gpt_worker.domain import TaskState
+from gpt_worker.models import TaskRow
+
+TASKS = cast(Table, TaskRow.__table__)
+SQLITE_ROWS = 250  # a statement
+SERVER_ROWS = 1000
+SERVER_CHARACTERS = 250_000  # a statement: 1 MB at most, unless one text alone is larger
+NEW = (
+    "position",
+    "id",
+    "prompt",
+    "tokens",
+)  # of a task that is stored; the other columns are as PENDING has them
+
+_INSERT = "INSERT INTO tasks (job_id, position, id, prompt, tokens, state, attempts) "
+_SQLITE_ROW = f"(?1,?,?,?,?,{TaskState.PENDING:d},0)"
+_SQLITE_ONE, _SQLITE_MANY = (
+    f"{_INSERT}VALUES {_SQLITE_ROW}",
+    f"{_INSERT}VALUES {','.join([_SQLITE_ROW] * SQLITE_ROWS)}",
+)
+
+
+def _arrays(columns: Sequence[str]) -> str:
+    """A parameter for each column, an array of its values: PostgreSQL reads them as the rows of a table "new"."""
+    types = ["int" if isinstance(TASKS.c[name].type, Integer) else "text" for name in columns]
+    return f"unnest({', '.join(f'%s::{type_}[]' for type_ in types)}) AS new ({', '.join(columns)})"
+
+
+_PGSQL_INSERT = _INSERT + f"SELECT %s, {', '.join(NEW)}, {TaskState.PENDING:d}, 0 FROM {_arrays(NEW)}"  # noqa: S608
+
+
+def insert_tasks(connection: Connection, job_id: str, rows: Sequence[tuple[int, str, str, int]]) -> None:
+    """Store pending tasks of one job: position, id, prompt as JSON, tokens."""
+    match connection.dialect.name:
+        case "sqlite":
+            _insert_into_sqlite(connection, job_id, rows)
+        case "postgresql":
+            for part in _parts(rows):
+                connection.exec_driver_sql(_PGSQL_INSERT, (job_id, *map(list, zip(*part, strict=True))))
+        case _ if rows:
+            values = [dict(zip(NEW, row, strict=True)) for row in rows]
+            fixed = {"job_id": job_id, "state": int(TaskState.PENDING), "attempts": 0}
+            connection.execute(insert(TASKS), [fixed | value for value in values])
+
+
+def _insert_into_sqlite(
+    connection: Connection, job_id: str, rows: Sequence[tuple[int, str, str, int]]
+) -> None:
+    """Many rows a statement: half the time of a row each, and other threads run while SQLite is at it."""
+    many = len(rows) - len(rows) % SQLITE_ROWS
+    for start in range(0, many, SQLITE_ROWS):
+        values: list[str | int] = [job_id]
+        for row in rows[start : start + SQLITE_ROWS]:
+            values += row
+        connection.exec_driver_sql(_SQLITE_MANY, tuple(values))
+    if few := [(job_id, *row) for row in rows[many:]]:
+        connection.exec_driver_sql(_SQLITE_ONE, few)
+
+
+class PendingUpdate:
+    """Sets these columns of pending tasks, and their state."""
+
+    def __init__(self, columns: Sequence[str], state: TaskState) -> None:
+        self.columns = columns
+        self.state = state
+        given: dict[str, Any] = {name: bindparam(name) for name in columns}
+        self._statement = pending_update().values(given | {"state": int(state)})
+
+    def run(self, connection: Connection, job_id: str, rows: Sequence[tuple[Any, ...]]) -> int:
+        """Update one job's tasks by rows of the position and the columns; how many were pending."""
+        if len(rows) > 1 and connection.dialect.name in ("postgresql", "mysql"):
+            return sum(self._run_as_table(connection, job_id, part) for part in _parts(rows))
+        names = ("b_position", *self.columns)
+        return update_each(
+            connection,
+            self._statement,
+            [{"b_job": job_id, **dict(zip(names, row, strict=True))} for row in rows],
+        )
+
+    def _run_as_table(self, connection: Connection, job_id: str, rows: Sequence[tuple[Any, ...]]) -> int:
+        columns = ("position", *self.columns)
+        guard = f"tasks.job_id = %s AND tasks.position = new.position AND tasks.state = {TaskState.PENDING:d}"
+        values: list[Any]
+        if connection.dialect.name == "postgresql":
+            changes = ", ".join(f"{name} = new.{name}" for name in self.columns)
+            statement = (
+                f"UPDATE tasks SET {changes}, state = {self.state:d} FROM {_arrays(columns)} WHERE {guard}"  # noqa: S608
+            )
+            values = [*map(list, zip(*rows, strict=True)), job_id]
+        else:
+            changes = ", ".join(f"tasks.{name} = new.{name}" for name in self.columns)
+            first = ", ".join(f"%s AS {name}" for name in columns)
+            more = f" UNION ALL SELECT {', '.join(['%s'] * len(columns))}" * (len(rows) - 1)
+            statement = (
+                f"UPDATE tasks JOIN (SELECT {first}{more}) AS new "  # noqa: S608
+                f"SET {changes}, tasks.state = {self.state:d} WHERE {guard}"
+            )
+            values = [value for row in rows for value in row] + [job_id]
+        return connection.exec_driver_sql(statement, tuple(values)).rowcount
+
+
+def pending_update() -> Update:
+    """Of one pending task: `b_job`, `b_position`."""
+    return update(TASKS).where(
+        TASKS.c.job_id == bindparam("b_job"),
+        TASKS.c.position == bindparam("b_position"),
+        TASKS.c.state == TaskState.PENDING,
+    )
+
+
+def update_each(connection: Connection, statement: Update, rows: Sequence[dict[str, Any]]) -> int:
+    """Run an update for each row of parameters; how many rows of the database it has met."""
+    if not rows:
+        return 0
+    if connection.dialect.supports_sane_multi_rowcount:
+        return connection.execute(statement, rows).rowcount
+    return sum(connection.execute(statement, row).rowcount for row in rows)
+
+
+def _parts(rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
+    """The rows in parts that a statement may have."""
+    first, characters = 0, 0
+    for number, row in enumerate(rows):
+        size = sum(len(value) for value in row if isinstance(value, str))
+        if number > first and (number - first == SERVER_ROWS or characters + size > SERVER_CHARACTERS):
+            yield rows[first:number]
+            first, characters = number, 0
+        characters += size
+    if rows:
+        yield rows[first:]
