@@ -12,9 +12,8 @@ from gpt_worker.domain import TaskState
 from gpt_worker.models import TaskRow
 
 TASKS = cast(Table, TaskRow.__table__)
-SQLITE_ROWS = 250  # a statement
-SERVER_ROWS = 1000
-SERVER_CHARACTERS = 250_000  # a statement: 1 MB at most, unless one text alone is larger
+ROWS = 250  # a statement
+CHARACTERS = 250_000  # a statement: 1 MB at most, unless one text alone is larger
 NEW = (
     "position",
     "id",
@@ -26,17 +25,19 @@ _INSERT = "INSERT INTO tasks (job_id, position, id, prompt, tokens, state, attem
 _SQLITE_ROW = f"(?1,?,?,?,?,{TaskState.PENDING:d},0)"
 _SQLITE_ONE, _SQLITE_MANY = (
     f"{_INSERT}VALUES {_SQLITE_ROW}",
-    f"{_INSERT}VALUES {','.join([_SQLITE_ROW] * SQLITE_ROWS)}",
+    f"{_INSERT}VALUES {','.join([_SQLITE_ROW] * ROWS)}",
 )
 
 
-def _arrays(columns: Sequence[str]) -> str:
-    """A parameter for each column, an array of its values: PostgreSQL reads them as the rows of a table "new"."""
-    types = ["int" if isinstance(TASKS.c[name].type, Integer) else "text" for name in columns]
-    return f"unnest({', '.join(f'%s::{type_}[]' for type_ in types)}) AS new ({', '.join(columns)})"
+def _array(column: str) -> str:
+    """A parameter of PostgreSQL: values of this column."""
+    return f"%s::{'int' if isinstance(TASKS.c[column].type, Integer) else 'text'}[]"
 
 
-_PGSQL_INSERT = _INSERT + f"SELECT %s, {', '.join(NEW)}, {TaskState.PENDING:d}, 0 FROM {_arrays(NEW)}"  # noqa: S608
+_PGSQL_INSERT = (
+    f"{_INSERT}SELECT %s, {', '.join(NEW)}, {TaskState.PENDING:d}, 0 "  # noqa: S608
+    f"FROM unnest({', '.join(map(_array, NEW))}) AS new ({', '.join(NEW)})"
+)
 
 
 def insert_tasks(connection: Connection, job_id: str, rows: Sequence[tuple[int, str, str, int]]) -> None:
@@ -57,10 +58,10 @@ def _insert_into_sqlite(
     connection: Connection, job_id: str, rows: Sequence[tuple[int, str, str, int]]
 ) -> None:
     """Many rows a statement: half the time of a row each, and other threads run while SQLite is at it."""
-    many = len(rows) - len(rows) % SQLITE_ROWS
-    for start in range(0, many, SQLITE_ROWS):
+    many = len(rows) - len(rows) % ROWS
+    for start in range(0, many, ROWS):
         values: list[str | int] = [job_id]
-        for row in rows[start : start + SQLITE_ROWS]:
+        for row in rows[start : start + ROWS]:
             values += row
         connection.exec_driver_sql(_SQLITE_MANY, tuple(values))
     if few := [(job_id, *row) for row in rows[many:]]:
@@ -78,8 +79,10 @@ class PendingUpdate:
 
     def run(self, connection: Connection, job_id: str, rows: Sequence[tuple[Any, ...]]) -> int:
         """Update one job's tasks by rows of the position and the columns; how many were pending."""
-        if len(rows) > 1 and connection.dialect.name in ("postgresql", "mysql"):
-            return sum(self._run_as_table(connection, job_id, part) for part in _parts(rows))
+        server = connection.dialect.name
+        if len(rows) > 1 and server in ("postgresql", "mysql"):
+            run = self._run_on_pgsql if server == "postgresql" else self._run_on_mysql
+            return sum(run(connection, job_id, part) for part in _parts(rows))
         names = ("b_position", *self.columns)
         return update_each(
             connection,
@@ -87,26 +90,35 @@ class PendingUpdate:
             [{"b_job": job_id, **dict(zip(names, row, strict=True))} for row in rows],
         )
 
-    def _run_as_table(self, connection: Connection, job_id: str, rows: Sequence[tuple[Any, ...]]) -> int:
+    def _run_on_pgsql(self, connection: Connection, job_id: str, rows: Sequence[tuple[Any, ...]]) -> int:
+        """By arrays that are looked into at each row: a join of a table that has grown since it was last analysed may
+        be planned to read the whole job.
+        """
+        positions, *values = map(list, zip(*rows, strict=True))
+        changes = ", ".join(
+            f"{name} = ({_array(name)})[array_position({_array('position')}, position)]"
+            for name in self.columns
+        )
+        statement = (
+            f"UPDATE tasks SET {changes}, state = {self.state:d} "  # noqa: S608
+            f"WHERE job_id = %s AND position = ANY({_array('position')}) AND state = {TaskState.PENDING:d}"
+        )
+        given = [given for column in values for given in (column, positions)]
+        return connection.exec_driver_sql(statement, (*given, job_id, positions)).rowcount
+
+    def _run_on_mysql(self, connection: Connection, job_id: str, rows: Sequence[tuple[Any, ...]]) -> int:
+        """By a table of the new values, which is read first (STRAIGHT_JOIN), whatever is believed of the other."""
         columns = ("position", *self.columns)
-        guard = f"tasks.job_id = %s AND tasks.position = new.position AND tasks.state = {TaskState.PENDING:d}"
-        values: list[Any]
-        if connection.dialect.name == "postgresql":
-            changes = ", ".join(f"{name} = new.{name}" for name in self.columns)
-            statement = (
-                f"UPDATE tasks SET {changes}, state = {self.state:d} FROM {_arrays(columns)} WHERE {guard}"  # noqa: S608
-            )
-            values = [*map(list, zip(*rows, strict=True)), job_id]
-        else:
-            changes = ", ".join(f"tasks.{name} = new.{name}" for name in self.columns)
-            first = ", ".join(f"%s AS {name}" for name in columns)
-            more = f" UNION ALL SELECT {', '.join(['%s'] * len(columns))}" * (len(rows) - 1)
-            statement = (
-                f"UPDATE tasks JOIN (SELECT {first}{more}) AS new "  # noqa: S608
-                f"SET {changes}, tasks.state = {self.state:d} WHERE {guard}"
-            )
-            values = [value for row in rows for value in row] + [job_id]
-        return connection.exec_driver_sql(statement, tuple(values)).rowcount
+        first = ", ".join(f"%s AS {name}" for name in columns)
+        more = f" UNION ALL SELECT {', '.join(['%s'] * len(columns))}" * (len(rows) - 1)
+        changes = ", ".join(f"tasks.{name} = new.{name}" for name in self.columns)
+        statement = (
+            f"UPDATE (SELECT {first}{more}) AS new STRAIGHT_JOIN tasks "  # noqa: S608
+            "ON tasks.job_id = %s AND tasks.position = new.position "
+            f"SET {changes}, tasks.state = {self.state:d} WHERE tasks.state = {TaskState.PENDING:d}"
+        )
+        values = [value for row in rows for value in row]
+        return connection.exec_driver_sql(statement, (*values, job_id)).rowcount
 
 
 def pending_update() -> Update:
@@ -132,7 +144,7 @@ def _parts(rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]
     first, characters = 0, 0
     for number, row in enumerate(rows):
         size = sum(len(value) for value in row if isinstance(value, str))
-        if number > first and (number - first == SERVER_ROWS or characters + size > SERVER_CHARACTERS):
+        if number > first and (number - first == ROWS or characters + size > CHARACTERS):
             yield rows[first:number]
             first, characters = number, 0
         characters += size

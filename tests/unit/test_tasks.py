@@ -10,7 +10,7 @@ from gpt_worker.db import Database
 from gpt_worker.domain import ErrorCode, Failure, NewTask, Prompt, TaskState
 from gpt_worker.models import JobRow, TaskRow
 from gpt_worker.store import tasks as task_store
-from gpt_worker.store.bulk import SQLITE_ROWS
+from gpt_worker.store.bulk import ROWS
 from tests import factories
 
 INTERRUPTED = Failure(ErrorCode.INTERRUPTED, "the service itself failed")
@@ -110,7 +110,7 @@ def test_tasks_of_every_form_come_back_as_they_were(database: Database) -> None:
         [{"role": "user", "content": "Привіт"}],
         {"lang": "fr", "n": 1.5},
     ]
-    tasks = [NewTask(f"t{place}", forms[place % len(forms)], place) for place in range(2 * SQLITE_ROWS + 7)]
+    tasks = [NewTask(f"t{place}", forms[place % len(forms)], place) for place in range(2 * ROWS + 7)]
     job = factories.store_job(database=database, tasks=1)
 
     with database.write() as session:
