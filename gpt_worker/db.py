@@ -150,7 +150,10 @@ class Database:
             stored: set[str] = set()
             if revision_table.name in tables:
                 stored.update(connection.scalars(select(revision_table.c.version_num)))
-            if not tables or (self._home.makes_tables_singly and not stored):
+            was_cut_short = (
+                self._home.makes_tables_singly and not stored and set(tables) & set(Base.metadata.tables)
+            )
+            if not tables or was_cut_short:
                 Base.metadata.create_all(connection)  # what the migrations make; none of them makes rows
                 revision_table.create(connection, checkfirst=True)
                 connection.execute(insert(revision_table).values(version_num=known[-1]))

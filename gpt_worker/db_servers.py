@@ -4,6 +4,7 @@ Reading transactions see one state of the database, as they do on SQLite; writin
 connection is tried before it is used, for a server that was restarted, and lost ones are noticed within a minute.
 """
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,8 @@ from sqlalchemy.orm import Session
 
 from config import SettingsError
 from gpt_worker.errors import StartGivenUp
+
+log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5
 STATEMENT_TIMEOUT_S = 60  # none of ours takes that long, but those of a migration, which has no limit
@@ -41,6 +44,10 @@ PGSQL: Mapping[str, tuple[str, str]] = {
     "58": (REFUSED, "the server has trouble with its files"),
     "XX": (REFUSED, "the server has trouble with its files"),
 }
+# What a PostgreSQL server may have against a connection, which time will not mend, in its words.
+REFUSALS = re.compile(
+    r"FATAL: .*(authentication failed|does not exist|no pg_hba.conf entry|permission denied)", re.DOTALL
+)
 # The same by the numbers of MySQL and MariaDB.
 MYSQL: Mapping[int, tuple[str, str]] = {
     **dict.fromkeys((0, 1927, 2002, 2003, 2006, 2013, 2014, 2055, 4031), (LOST, "the connection was lost")),
@@ -84,10 +91,8 @@ def what_happened(error: DBAPIError) -> tuple[str, str] | None:
         case "psycopg" if sqlstate is not None:
             found = _by_beginning(PGSQL, sqlstate)
         case "psycopg" if type(cause).__name__ in ("OperationalError", "ConnectionTimeout"):
-            found = (
-                LOST,
-                _one_line(str(cause)),
-            )  # the client library's own words, which name host, port and user
+            # The client library's own words, which name host, port and user; it tells no code.
+            found = (REFUSED if REFUSALS.search(str(cause)) else LOST), _one_line(str(cause))
         case "pymysql" if isinstance(number, int):
             found = MYSQL.get(number)
         case "oracledb":
@@ -195,16 +200,18 @@ class Server:
 
         Raises SettingsError where it refuses us or does not come up, StartGivenUp when the service is to stop.
         """
-        wait_until_s = time.monotonic() + START_WAIT_S
+        wait_until_s, told = time.monotonic() + START_WAIT_S, False
         while True:
             try:
                 with engine.connect():
                     return
             except DBAPIError as error:
-                found = what_happened(error)
-                if found is None or found[0] == REFUSED or time.monotonic() > wait_until_s:
-                    words = found[1] if found else _one_line(str(error.orig))
+                kind, words = what_happened(error) or (REFUSED, _one_line(str(error.orig)))
+                if kind == REFUSED or time.monotonic() > wait_until_s:
                     raise SettingsError(f"{self} can't be used: {words}") from error
+                if not told:
+                    log.warning("%s does not answer yet: %s", self, words, extra={"action": "database_wait"})
+                    told = True
             next_s = time.monotonic() + LOOK_EVERY_S
             while time.monotonic() < next_s:
                 if not is_wanted():

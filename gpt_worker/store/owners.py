@@ -13,8 +13,16 @@ from sqlalchemy.orm import Session
 from gpt_worker.models import OwnerRow, UtcDateTime
 
 NAME = "gpt-worker"
-_LOCKED = select(OwnerRow).where(OwnerRow.name == NAME).with_for_update()
-_LOCKED_TOKEN = select(OwnerRow.token).where(OwnerRow.name == NAME).with_for_update()
+UPDATE_LOCK = "WITH (UPDLOCK, HOLDLOCK)"  # SQL Server's words for FOR UPDATE
+_LOCKED = (
+    select(OwnerRow).where(OwnerRow.name == NAME).with_for_update().with_hint(OwnerRow, UPDATE_LOCK, "mssql")
+)
+_LOCKED_TOKEN = (
+    select(OwnerRow.token)
+    .where(OwnerRow.name == NAME)
+    .with_for_update()
+    .with_hint(OwnerRow, UPDATE_LOCK, "mssql")
+)
 
 
 class UtcClock(FunctionElement[datetime]):
