@@ -7,6 +7,9 @@ ARGS =
 
 VENV = .venv
 DRIVES = s3 google-cloud azure
+DATABASES = pgsql mysql mssql oracle
+# Those of them that the tests need, which run on real servers.
+TESTED = $(DRIVES) pgsql mysql
 BIN = $(VENV)/bin
 INSTALLING = installing into $(VENV) (a minute or so)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-input --require-hashes
@@ -14,12 +17,12 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 IS_NEW_ENOUGH = import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL = help
-.PHONY: help run test test-services check bench chaos lock venv env embedded embedded-if-needed drive-if-needed emulators
+.PHONY: help run test test-services check bench chaos lock venv env embedded embedded-if-needed extras-if-needed emulators
 
 help:
 	@echo "make run     serve; the first time, make .venv and .env"
 	@echo "make test    run every test but slow ones  (ARGS=\"-k health\", ARGS=\"-m slow\")"
-	@echo "make test-services  tests that need servers beside ours: drives of S3, Google Cloud and Azure; emulators are installed"
+	@echo "make test-services  tests that need servers beside ours: databases, and drives of S3, Google Cloud and Azure; emulators are installed"
 	@echo "make check   lint, format and types"
 	@echo "make bench   measure it beside its peers; an hour  (ARGS=\"--only limits --runs 1\")"
 	@echo "make chaos   break it on purpose, and count what was lost; an hour  (ARGS=\"kills --rounds 25\")"
@@ -27,7 +30,7 @@ help:
 
 run: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed $(BIN)/gpt-worker env
-	@$(MAKE) --no-print-directory --silent embedded-if-needed drive-if-needed
+	@$(MAKE) --no-print-directory --silent embedded-if-needed extras-if-needed
 	@exec $(BIN)/gunicorn wsgi:app $(ARGS)
 
 test: venv
@@ -35,7 +38,7 @@ test: venv
 	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow and not services" $(ARGS)
 
 test-services: venv
-	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev $(BIN)/gpt-worker env $(DRIVES:%=$(VENV)/.installed-drive-%) emulators
+	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev $(BIN)/gpt-worker env $(TESTED:%=$(VENV)/.installed-extra-%) emulators
 	@$(BIN)/python -m pytest -m services $(ARGS)
 
 check: venv
@@ -57,8 +60,8 @@ lock: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev
 	$(COMPILE) $(ARGS) pyproject.toml --output-file requirements.txt
 	$(COMPILE) $(ARGS) pyproject.toml --group dev --constraints requirements.txt --output-file requirements-dev.txt
-	for drive in $(DRIVES); do \
-		$(COMPILE) $(ARGS) pyproject.toml --extra $$drive --constraints requirements-dev.txt --output-file requirements-$$drive.txt || exit 1; \
+	for extra in $(DRIVES) $(DATABASES); do \
+		$(COMPILE) $(ARGS) pyproject.toml --extra $$extra --constraints requirements-dev.txt --output-file requirements-$$extra.txt || exit 1; \
 	done
 	printf 'moto[server]>=5.2,<6\ngcp-storage-emulator>=2026.7,<2027\n' | $(COMPILE) $(ARGS) - --output-file .ci/services-requirements.txt
 	echo "schemathesis>=4.32,<5" | $(COMPILE) $(ARGS) - --output-file chaos/requirements-schemathesis.txt
@@ -97,8 +100,8 @@ $(VENV)/.installed-dev: requirements-dev.txt
 	@rm $(VENV)/.installing
 	@touch $@ $(VENV)/.installed
 
-# The driver of a drive, which needs what requirements.txt has in the same versions.
-$(VENV)/.installed-drive-%: requirements-%.txt
+# The driver of a drive or a database, which needs what requirements.txt has in the same versions.
+$(VENV)/.installed-extra-%: requirements-%.txt
 	@$(PIP_INSTALL) --requirement $<
 	@touch $@
 
@@ -128,12 +131,12 @@ embedded-if-needed:
 		$(MAKE) --no-print-directory --silent embedded; \
 	fi
 
-# A drive that is not this machine's wants its driver, which the settings tell.
-drive-if-needed:
-	@drive=$$($(BIN)/python -c 'from config import Settings; print(Settings.from_env().drive.extra or "")' 2>/dev/null) || exit 0; \
-	if [ -n "$$drive" ] && ! $(MAKE) --no-print-directory --silent $(VENV)/.installed-drive-$$drive >/dev/null 2>&1; then \
-		echo "gpt-worker: the driver of the drive can't be installed (requirements-$$drive.txt): is there a network?" >&2; \
-	fi
+# A drive that is not this machine's, and a database server, want their drivers, which the settings tell.
+extras-if-needed:
+	@for extra in $$($(BIN)/python -c 'from config import Settings; print(*Settings.from_env().extras)' 2>/dev/null); do \
+		$(MAKE) --no-print-directory --silent $(VENV)/.installed-extra-$$extra >/dev/null 2>&1 || \
+			echo "gpt-worker: the driver for $$extra can't be installed (requirements-$$extra.txt): is there a network?" >&2; \
+	done
 
 embedded:
 	@if [ ! $(VENV)/.installed-embedded -nt requirements-embedded.txt ]; then \

@@ -17,6 +17,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dotenv import dotenv_values
@@ -61,6 +62,27 @@ DRIVE_EXTRAS: Mapping[str, str] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ServerKind:
+    """A kind of database that runs on a server: what addresses call it, SQLAlchemy's name of our driver, its port."""
+
+    schemes: frozenset[str]
+    driver: str
+    package: str  # the driver, as it is imported
+    port: int
+
+
+# By DB_CONNECTION, which is also the extra of pyproject.toml that has the driver.
+DATABASE_SERVERS: Mapping[str, ServerKind] = {
+    "mysql": ServerKind(frozenset({"mysql", "mariadb"}), "mysql+pymysql", "pymysql", 3306),
+    "pgsql": ServerKind(
+        frozenset({"pgsql", "postgres", "postgresql"}), "postgresql+psycopg", "psycopg", 5432
+    ),
+    "mssql": ServerKind(frozenset({"mssql"}), "mssql+mssqlpython", "mssql_python", 1433),
+    "oracle": ServerKind(frozenset({"oracle"}), "oracle+oracledb", "oracledb", 1521),
+}
+
+
 class SettingsError(Exception):
     """A setting that the service can't start with; the message is one line and shows no secret."""
 
@@ -96,6 +118,22 @@ class DriveSettings:
         return DRIVE_EXTRAS.get(self.scheme or self.disk)
 
 
+@dataclass(frozen=True, slots=True)
+class DatabaseSettings:
+    """Where jobs are kept: an SQLite file, or a database on a server."""
+
+    connection: str  # sqlite, or one of DATABASE_SERVERS
+    setting: str  # the one that names it, for messages about it
+    where: str  # for people, with no secret
+    url: str = field(repr=False)  # as SQLAlchemy takes it, with the password
+    path: Path | None = None  # of SQLite's file
+
+    @property
+    def extra(self) -> str | None:
+        """The extra of pyproject.toml, and the requirements-….txt, that the driver is installed by."""
+        return self.connection if self.connection in DATABASE_SERVERS else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """Every setting, checked. `api_keys` is empty when the embedded model answers."""
@@ -114,8 +152,7 @@ class Settings:
     request_api: str
     public_url: str
     webhook_secret: str = field(repr=False)
-    database_path: Path
-    database_setting: str  # the one that names the file, for messages about it
+    database: DatabaseSettings
     drive: DriveSettings
     inline_wait_s: float
     max_json_bytes: int
@@ -143,9 +180,9 @@ class Settings:
         return self.environment == "test"
 
     @property
-    def database_url(self) -> str:
-        """The database as SQLAlchemy takes it."""
-        return "sqlite:///" + str(self.database_path).replace("%", "%25")
+    def extras(self) -> tuple[str, ...]:
+        """The extras of pyproject.toml that these settings need."""
+        return tuple(extra for extra in (self.drive.extra, self.database.extra) if extra is not None)
 
     @classmethod
     def from_env(
@@ -267,7 +304,7 @@ def _read(source: _Source, *, makes_key: bool) -> Settings:
     if model in deprecated_models():
         raise SettingsError("GPT_MODEL names a model that OpenAI has deprecated: choose a current one")
     admin_email, admin_password = _admin(source)
-    database_setting, database_path = _database(source, data_dir)
+    database = _database(source, data_dir, offline=environment == "test")
     host = _host(source)
     app_key = _app_key(source, environment, data_dir if makes_key else None)
     return Settings(
@@ -285,8 +322,7 @@ def _read(source: _Source, *, makes_key: bool) -> Settings:
         request_api=source.exact_url("REQUEST_API", f"http://127.0.0.1:{port}"),
         public_url=source.base_url("PUBLIC_URL", f"http://127.0.0.1:{port}"),
         webhook_secret=_webhook_secret(source, app_key),
-        database_path=database_path,
-        database_setting=database_setting,
+        database=database,
         drive=_drive(source),
         inline_wait_s=source.seconds("INLINE_WAIT_S", 300, 0, 86_400),
         max_json_bytes=source.size_bytes("MAX_JSON_BYTES", 16 << 20, 1 << 30),
@@ -421,20 +457,105 @@ def _host(source: _Source) -> str:
     return host
 
 
-def _database(source: _Source, data_dir: Path) -> tuple[str, Path]:
-    """The absolute path of the SQLite file, and the setting that it comes from."""
+def _database(source: _Source, data_dir: Path, *, offline: bool) -> DatabaseSettings:
+    """The database of DATABASE_URL, else of DB_CONNECTION and the settings beside it."""
+    url = source.text("DATABASE_URL")
+    if url and not url.startswith("sqlite:"):
+        return _server_of_url(url, offline=offline)
+    connection = source.text("DB_CONNECTION", "sqlite")
+    if connection == "sqlite" or url:
+        setting, path = _database_file(source, data_dir)
+        address = "sqlite:///" + str(path).replace("%", "%25")
+        return DatabaseSettings("sqlite", setting, str(path), address, path)
+    kind = _database_kind(connection)
+    if kind is None:
+        raise SettingsError(f"DB_CONNECTION must be one of {', '.join(('sqlite', *DATABASE_SERVERS))}")
+    host, user, database = source.text("DB_HOST"), source.text("DB_USER"), source.text("DB_DATABASE")
+    for name, value in (("DB_HOST", host), ("DB_USER", user), ("DB_DATABASE", database)):
+        if not value:
+            raise SettingsError(f"{name} is missing: DB_CONNECTION={connection} needs it")
+    if not re.fullmatch(r"[A-Za-z0-9_.:%-]{1,253}", host):
+        raise SettingsError("DB_HOST must be a name or an address, without a port")
+    by_service = kind == "oracle"  # a path would be the older SID
+    return _server(
+        kind,
+        "DB_HOST",
+        offline=offline,
+        username=user,
+        password=source.text("DB_PASSWORD") or None,
+        host=host,
+        port=source.integer("DB_PORT", DATABASE_SERVERS[kind].port, 1, 65535),
+        database=None if by_service else database,
+        query={"service_name": database} if by_service else {},
+    )
+
+
+def _database_kind(name: str) -> str | None:
+    return next((kind for kind, server in DATABASE_SERVERS.items() if name in server.schemes), None)
+
+
+def _server_of_url(text: str, *, offline: bool) -> DatabaseSettings:
+    """The server of DATABASE_URL, whose query the driver gets as it is."""
+    from sqlalchemy.engine import make_url  # here: only a server wants it, and the client has no server
+    from sqlalchemy.exc import ArgumentError
+
+    kind = _database_kind(re.split(r"[+:]", text, maxsplit=1)[0])
+    example = "such as postgresql://user:password@host/database"
+    if kind is None:
+        names = sorted(set().union(*(server.schemes for server in DATABASE_SERVERS.values())))
+        raise SettingsError(f"DATABASE_URL must begin with sqlite, {', '.join(names)} and ://, {example}")
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        # the error may quote the password
+        raise SettingsError(f"DATABASE_URL is not an address, {example}") from None
+    host = url.host or url.query.get("host") or url.query.get("unix_socket")
+    database = url.database or url.query.get("service_name")
+    for part, value in (("host", host), ("user", url.username), ("database", database)):
+        if not value:
+            raise SettingsError(f"DATABASE_URL names no {part}: write one, {example}")
+    if url.port is not None and not 1 <= url.port <= 65535:
+        raise SettingsError("DATABASE_URL has a port that is no number from 1 to 65535")
+    parts = url._asdict()
+    del parts["drivername"]
+    return _server(kind, "DATABASE_URL", offline=offline, **parts)
+
+
+def _server(kind: str, setting: str, *, offline: bool, **parts: Any) -> DatabaseSettings:
+    from sqlalchemy.engine import URL
+
+    url = URL.create(DATABASE_SERVERS[kind].driver, **parts)
+    query = url.query
+    host = url.host or query.get("host") or query.get("unix_socket")
+    if offline and not _is_here(str(host)):
+        raise SettingsError(
+            f"{setting}: NODE_ENV=test reaches nothing outside: name a server of this machine"
+        )
+    place = f"{host}:{url.port or DATABASE_SERVERS[kind].port}" if url.host else str(host)
+    where = f"{url.database or query.get('service_name')} on {place}"
+    return DatabaseSettings(kind, setting, where, url.render_as_string(hide_password=False))
+
+
+def _is_here(host: str) -> bool:
+    """Whether it is a loopback address or a socket's path."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.startswith("/")
+
+
+def _database_file(source: _Source, data_dir: Path) -> tuple[str, Path]:
+    """The setting that names the SQLite file, and its absolute path."""
     url = source.text("DATABASE_URL")
     if url:
         match = re.fullmatch(r"sqlite:///(/[^?]+)", url)
         path = unquote(match[1]) if match else ""
         if not path or not path.isprintable() or "?" in path or ":memory:" in path:
             raise SettingsError(
-                "DATABASE_URL: only a SQLite file by its absolute path is supported yet, "
+                "DATABASE_URL: a SQLite file is named by its absolute path, "
                 "such as sqlite:////var/lib/jobs.sqlite3"
             )
         return "DATABASE_URL", Path(path)
-    if source.text("DB_CONNECTION", "sqlite") != "sqlite":
-        raise SettingsError("DB_CONNECTION: only sqlite is supported yet")
     name = source.text("DB_DATABASE")
     if "?" in name or name == ":memory:" or name.startswith("file:"):
         raise SettingsError("DB_DATABASE must be the plain name of a file in DATA_DIR, or an absolute path")

@@ -20,6 +20,8 @@ from gpt_worker.jobs import Jobs
 from gpt_worker.keys import KeyBoard
 from gpt_worker.lanes import Lane
 from gpt_worker.modes import ModeBoard
+from gpt_worker.owner import Owner
+from gpt_worker.ownership import LOCK_NAME, check_driver
 from gpt_worker.progress import ProgressBoard
 from gpt_worker.rate_limit import Bursts
 from gpt_worker.recorder import Recorder
@@ -37,7 +39,10 @@ def assemble(settings: Settings) -> Flask:
     """The whole service, assembled and at rest."""
     app = api.make_app(__version__)
     install_tokens(app, settings)
-    database = Database(app, settings.database_url)
+    if settings.database.extra is not None:
+        check_driver(settings.database)
+    database = Database(app, settings.database.url)
+    owner = None if settings.database.extra is None else Owner(database, settings.data_dir / LOCK_NAME)
     modes = ModeBoard(database)
     accounts = Accounts(database, settings, modes)
     recorder = Recorder(database, settings.request_api)
@@ -66,6 +71,9 @@ def assemble(settings: Settings) -> Flask:
     recorder.on_delivery = deliveries.wake
     recorder.on_file = result_files.wake
     recorder.on_recovered = dispatcher.wake
+    if owner is not None:
+        owner.on_doubt = recorder.suspend
+        owner.on_sure = recorder.resume
     app.extensions["gpt_worker"] = Service(
         app=app,
         settings=settings,
@@ -85,6 +93,7 @@ def assemble(settings: Settings) -> Flask:
         keys=KeyBoard(dispatcher, settings.model),
         version=__version__,
         progress=progress,
+        owner=owner,
     )
     api.register(app)
     return app

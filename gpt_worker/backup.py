@@ -30,8 +30,8 @@ class BackupError(Exception):
     """There is no copy; the message is one line that says why."""
 
 
-def make_command(database: Path) -> click.Command:
-    """The command, for the database of these settings."""
+def make_command(database: Path | None) -> click.Command:
+    """The command, for the database of these settings; None: it is on a server."""
 
     @click.command("backup", short_help="Copy the database, also while the service runs.")
     @click.argument("path", type=click.Path(path_type=Path))
@@ -44,6 +44,10 @@ def make_command(database: Path) -> click.Command:
         """
         signal.signal(signal.SIGTERM, _leave)
         try:
+            if database is None:
+                raise BackupError(
+                    "the database is on a server: copy it with the server's own pg_dump or mysqldump"
+                )
             size_bytes = copy_database(database, path, force=force)
         except BackupError as error:
             click.echo(f"gpt-worker: {error}", err=True)

@@ -76,3 +76,7 @@ class TooMany(_Later):
 
 class Unavailable(_Later):
     """The service can't do this now."""
+
+
+class StartGivenUp(Exception):
+    """The service was told to stop while it waited for its database."""

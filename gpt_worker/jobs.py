@@ -50,6 +50,7 @@ MIN_FREE_BYTES = 200 << 20
 LOOK_EVERY_S = 1.0
 CLOSE_WAIT_S = 2.0
 SLICE_TOKENS = 2_000_000  # about 8 MB of prompts
+NOBODY = "-"  # whose Idempotency-Keys those without a token share; Oracle would take '' for NULL
 CANCELLED = Failure(ErrorCode.CANCELLED, "the job was cancelled before this task was sent")
 
 
@@ -207,7 +208,7 @@ class Jobs:
             now = utc_now()
             job_store.drop_old_keys(session, now - timedelta(hours=24))
             claim = IdempotencyRow(
-                user_key=caller.user_id or "",
+                user_key=caller.user_id or NOBODY,
                 key_hash=idempotency.key_hash,
                 request_hash=idempotency.request_hash,
                 job_id=None,

@@ -4,10 +4,12 @@ Times are aware UTC, cut to milliseconds. Long texts are LONGTEXT on MySQL, whos
 """
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
+    TIMESTAMP,
     BigInteger,
     DateTime,
     Dialect,
@@ -19,16 +21,39 @@ from sqlalchemy import (
     TypeDecorator,
     text,
 )
+from sqlalchemy.dialects.mssql import DATETIME2, NVARCHAR
 from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-LongText = Text().with_variant(LONGTEXT(), "mysql", "mariadb")
+# Of SQL Server: every character, and "A" is not "a", whatever the database has as its default.
+MSSQL_COLLATION = "Latin1_General_100_BIN2"
+LongText = (
+    Text()
+    .with_variant(LONGTEXT(), "mysql", "mariadb")
+    .with_variant(NVARCHAR(None, collation=MSSQL_COLLATION), "mssql")
+)
+# On MySQL: every character, transactions, and "A" is not "a", whatever the server or the database has as its default.
+TABLE_OPTIONS: Mapping[str, Any] = {
+    "mysql_engine": "InnoDB",
+    "mysql_charset": "utf8mb4",
+    "mysql_collate": "utf8mb4_bin",
+}
+
+
+def ShortText(length: int) -> String:  # noqa: N802 (it stands where a type does)
+    """Up to so many characters; SQL Server counts a character outside the basic plane as two."""
+    return String(length).with_variant(NVARCHAR(2 * length, collation=MSSQL_COLLATION), "mssql")
 
 
 class UtcDateTime(TypeDecorator[datetime]):
     """An aware time on the outside, a naive UTC one in the database."""
 
-    impl = DateTime().with_variant(DATETIME(fsp=3), "mysql", "mariadb")
+    impl = (
+        DateTime()
+        .with_variant(DATETIME(fsp=3), "mysql", "mariadb")
+        .with_variant(DATETIME2(3), "mssql")  # type: ignore[no-untyped-call]
+        .with_variant(TIMESTAMP(), "oracle")  # its DATE has whole seconds
+    )
     cache_ok = True
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
@@ -53,15 +78,16 @@ class JsonText(TypeDecorator[dict[str, Any]]):
 
 class Base(DeclarativeBase):
     type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JsonText}  # noqa: RUF012 (SQLAlchemy reads it)
+    __table_args__: Any = TABLE_OPTIONS
 
 
 class UserRow(Base):
     __tablename__ = "users"
 
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
-    email: Mapped[str] = mapped_column(String(254), unique=True)
-    password_hash: Mapped[str] = mapped_column(String(255))
-    role: Mapped[str] = mapped_column(String(16))
+    id: Mapped[str] = mapped_column(ShortText(32), primary_key=True)
+    email: Mapped[str] = mapped_column(ShortText(254), unique=True)
+    password_hash: Mapped[str] = mapped_column(ShortText(255))
+    role: Mapped[str] = mapped_column(ShortText(16))
     disabled: Mapped[bool] = mapped_column(default=False)
     created_at: Mapped[datetime]
 
@@ -71,9 +97,9 @@ class TokenRow(Base):
 
     __tablename__ = "tokens"
 
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    id: Mapped[str] = mapped_column(ShortText(32), primary_key=True)
     user_id: Mapped[str] = mapped_column(ForeignKey("users.id", ondelete="CASCADE"), index=True)
-    name: Mapped[str | None] = mapped_column(String(200))  # None: made by a login
+    name: Mapped[str | None] = mapped_column(ShortText(200))  # None: made by a login
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime | None] = mapped_column(index=True)
 
@@ -83,7 +109,7 @@ class LoginFailureRow(Base):
 
     __tablename__ = "login_failures"
 
-    email_hash: Mapped[str] = mapped_column(String(64), primary_key=True)
+    email_hash: Mapped[str] = mapped_column(ShortText(64), primary_key=True)
     failures: Mapped[int]
     last_failed_at: Mapped[datetime] = mapped_column(index=True)
     locked_until: Mapped[datetime | None]
@@ -94,8 +120,8 @@ class ModeRow(Base):
 
     __tablename__ = "modes"
 
-    name: Mapped[str] = mapped_column(String(50), primary_key=True)
-    value: Mapped[str] = mapped_column(String(200))
+    name: Mapped[str] = mapped_column(ShortText(50), primary_key=True)
+    value: Mapped[str] = mapped_column(ShortText(200))
 
 
 class JobRow(Base):
@@ -104,14 +130,15 @@ class JobRow(Base):
         Index("ix_jobs_owner", "owner_id", "id"),
         Index("ix_jobs_owner_status", "owner_id", "status", "id"),
         Index("ix_jobs_status", "status", "id"),
+        TABLE_OPTIONS,
     )
 
-    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    id: Mapped[str] = mapped_column(ShortText(32), primary_key=True)
     owner_id: Mapped[str | None] = mapped_column(ForeignKey("users.id", ondelete="SET NULL"))
-    status: Mapped[str] = mapped_column(String(16))
+    status: Mapped[str] = mapped_column(ShortText(16))
     run: Mapped[int] = mapped_column(default=1)
-    model: Mapped[str] = mapped_column(String(200))
-    delivery: Mapped[str] = mapped_column(String(16))
+    model: Mapped[str] = mapped_column(ShortText(200))
+    delivery: Mapped[str] = mapped_column(ShortText(16))
     settings: Mapped[dict[str, Any]]
     meta: Mapped[dict[str, Any]]
     priority: Mapped[int] = mapped_column(default=0)
@@ -135,15 +162,15 @@ class TaskRow(Base):
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     position: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    id: Mapped[str] = mapped_column(String(200))
+    id: Mapped[str] = mapped_column(ShortText(200))
     prompt: Mapped[str] = mapped_column(LongText)  # JSON: text, messages or variables
     tokens: Mapped[int]
     state: Mapped[int] = mapped_column(SmallInteger, default=0)
     attempts: Mapped[int] = mapped_column(default=0)
     answer: Mapped[str | None] = mapped_column(LongText)
-    finish_reason: Mapped[str | None] = mapped_column(String(50))
-    error_code: Mapped[str | None] = mapped_column(String(50))
-    error_message: Mapped[str | None] = mapped_column(String(1000))
+    finish_reason: Mapped[str | None] = mapped_column(ShortText(50))
+    error_code: Mapped[str | None] = mapped_column(ShortText(50))
+    error_message: Mapped[str | None] = mapped_column(ShortText(1000))
     crashes: Mapped[int] = mapped_column(SmallInteger, server_default=text("0"))  # while it was in flight
 
 
@@ -152,10 +179,10 @@ class IdempotencyRow(Base):
 
     __tablename__ = "idempotency_keys"
 
-    user_key: Mapped[str] = mapped_column(String(32), primary_key=True)
-    key_hash: Mapped[str] = mapped_column(String(64), primary_key=True)
-    request_hash: Mapped[str] = mapped_column(String(64))
-    job_id: Mapped[str | None] = mapped_column(String(32))
+    user_key: Mapped[str] = mapped_column(ShortText(32), primary_key=True)
+    key_hash: Mapped[str] = mapped_column(ShortText(64), primary_key=True)
+    request_hash: Mapped[str] = mapped_column(ShortText(64))
+    job_id: Mapped[str | None] = mapped_column(ShortText(32))
     created_at: Mapped[datetime] = mapped_column(index=True)
 
 
@@ -163,15 +190,15 @@ class DeliveryRow(Base):
     """The outbox: one webhook message, stored in the commit that made it due."""
 
     __tablename__ = "deliveries"
-    __table_args__ = (Index("ix_deliveries_due", "status", "next_attempt_at"),)
+    __table_args__ = (Index("ix_deliveries_due", "status", "next_attempt_at"), TABLE_OPTIONS)
 
-    id: Mapped[str] = mapped_column(String(40), primary_key=True)  # the webhook-id
-    job_id: Mapped[str | None] = mapped_column(String(32), index=True)
-    owner_id: Mapped[str | None] = mapped_column(String(32), index=True)
+    id: Mapped[str] = mapped_column(ShortText(40), primary_key=True)  # the webhook-id
+    job_id: Mapped[str | None] = mapped_column(ShortText(32), index=True)
+    owner_id: Mapped[str | None] = mapped_column(ShortText(32), index=True)
     run: Mapped[int] = mapped_column(default=1)
-    type: Mapped[str] = mapped_column(String(50))
-    url: Mapped[str] = mapped_column(String(2000))
-    status: Mapped[str] = mapped_column(String(16))
+    type: Mapped[str] = mapped_column(ShortText(50))
+    url: Mapped[str] = mapped_column(ShortText(2000))
+    status: Mapped[str] = mapped_column(ShortText(16))
     body: Mapped[str | None] = mapped_column(LongText)  # frozen before the first attempt
     attempts: Mapped[int] = mapped_column(default=0)
     tries_left: Mapped[int] = mapped_column(default=0)
@@ -192,7 +219,7 @@ class AttemptRow(Base):
     sent_at: Mapped[datetime]
     took_s: Mapped[float]
     status_code: Mapped[int | None]
-    error: Mapped[str | None] = mapped_column(String(500))
+    error: Mapped[str | None] = mapped_column(ShortText(500))
 
 
 class ResultFileRow(Base):
@@ -202,14 +229,26 @@ class ResultFileRow(Base):
     """
 
     __tablename__ = "result_files"
-    __table_args__ = (Index("ix_result_files_due", "state", "next_attempt_at"),)
+    __table_args__ = (Index("ix_result_files_due", "state", "next_attempt_at"), TABLE_OPTIONS)
 
-    job_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ShortText(32), primary_key=True)
     run: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    state: Mapped[str] = mapped_column(String(16))
+    state: Mapped[str] = mapped_column(ShortText(16))
     attempts: Mapped[int] = mapped_column(default=0)  # that failed, in this state
     next_attempt_at: Mapped[datetime | None]
-    sha256: Mapped[str | None] = mapped_column(String(64))  # of the lines, unpacked
+    sha256: Mapped[str | None] = mapped_column(ShortText(64))  # of the lines, unpacked
     size_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of the file, packed
     created_at: Mapped[datetime]
     written_at: Mapped[datetime | None]
+
+
+class OwnerRow(Base):
+    """The one service that may write, where the database is on a server; the only row."""
+
+    __tablename__ = "owners"
+
+    name: Mapped[str] = mapped_column(ShortText(16), primary_key=True)
+    host: Mapped[str] = mapped_column(ShortText(255))  # for people
+    place: Mapped[str] = mapped_column(ShortText(64))  # tells which lock file the owner holds
+    token: Mapped[str] = mapped_column(ShortText(32))
+    expires_at: Mapped[datetime]  # by the database's clock

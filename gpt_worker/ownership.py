@@ -1,18 +1,20 @@
 """One owner of DATA_DIR and of the database: file locks that one process at a time holds for as long as it serves.
 
 The worker takes them after the fork and before it opens anything, so that two servers never share a queue of jobs.
-A lock ends with the process, however that ends. It guards one host; it does not reach a database that others share.
+A lock ends with the process, however that ends. It guards one host; a database on a server has an owner's row besides.
 """
 
 import fcntl
+import importlib.util
 import os
 import stat
 import time
 from pathlib import Path
 
-from config import Settings, SettingsError
+from config import DATABASE_SERVERS, DatabaseSettings, Settings, SettingsError
 
 RETRY_EVERY_S = 0.1
+LOCK_NAME = "lock"  # in DATA_DIR
 SQLITE_HEADER = b"SQLite format 3\0"
 
 
@@ -77,50 +79,56 @@ class DataDirLock(FileLock):
     """The lock of one DATA_DIR."""
 
     def __init__(self, data_dir: Path) -> None:
-        super().__init__(data_dir / "lock", f"DATA_DIR {data_dir}")
+        super().__init__(data_dir / LOCK_NAME, f"DATA_DIR {data_dir}")
 
 
 class DatabaseLock(FileLock):
     """The lock beside the database file, which another server may reach from another DATA_DIR or by a link."""
 
-    def __init__(self, settings: Settings) -> None:
-        database = Path(os.path.realpath(settings.database_path))
-        what = f"{settings.database_setting}: the database {database}"
+    def __init__(self, path: Path, setting: str) -> None:
+        database = Path(os.path.realpath(path))
+        what = f"{setting}: the database {database}"
         super().__init__(database.with_name(f"{database.name}.lock"), what)
 
 
 class Ownership:
-    """DATA_DIR and the database of these settings, both owned or neither."""
+    """DATA_DIR and the database file of these settings, both owned or neither; a database on a server has its row."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._data_dir = DataDirLock(settings.data_dir)
-        self._database = DatabaseLock(settings)
+        database = settings.database
+        self._database = None if database.path is None else DatabaseLock(database.path, database.setting)
 
     def acquire(self, wait_s: float) -> None:
         """Take both locks, trying for `wait_s`. Raises InUse, or SettingsError for what can't be used at all."""
         deadline_s = time.monotonic() + wait_s
         self._data_dir.acquire(wait_s)
         try:
-            check_database_file(self._settings)
-            self._database.acquire(deadline_s - time.monotonic())
+            check_database(self._settings.database)
+            if self._database is not None:
+                self._database.acquire(deadline_s - time.monotonic())
         except BaseException:
             self._data_dir.release()
             raise
 
     def release(self) -> None:
         """Give both back."""
-        self._database.release()
+        if self._database is not None:
+            self._database.release()
         self._data_dir.release()
 
 
-def check_database_file(settings: Settings) -> None:
-    """Raise SettingsError where the database's path leads to something that is no SQLite file.
+def check_database(database: DatabaseSettings) -> None:
+    """Raise SettingsError where a driver is not installed, or the path leads to something that is no SQLite file.
 
     Not for a process that has the database open: closing a second descriptor of the file drops SQLite's locks.
     """
-    path = settings.database_path
-    what = f"{settings.database_setting}: the database {path}"
+    path = database.path
+    if path is None:
+        check_driver(database)
+        return
+    what = f"{database.setting}: the database {path}"
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise SettingsError(f"{what} is not a file: name one")
@@ -136,9 +144,19 @@ def check_database_file(settings: Settings) -> None:
         raise SettingsError(f"{what} is not a SQLite database: name another path, or a new one")
 
 
+def check_driver(database: DatabaseSettings) -> None:
+    """Raise SettingsError where the driver of the database's server is not installed."""
+    package = DATABASE_SERVERS[database.connection].package
+    if importlib.util.find_spec(package) is None:
+        raise SettingsError(
+            f"{database.setting}: the driver {package} is not installed: start with `make run`, or run "
+            f"`.venv/bin/python -m pip install --require-hashes --requirement requirements-{database.connection}.txt`"
+        )
+
+
 def is_still_owner(data_dir: Path) -> bool:
     """Whether the lock file still names this process: it may have been deleted, and taken anew by another."""
     try:
-        return (data_dir / "lock").read_text("ascii").strip() == str(os.getpid())
+        return (data_dir / LOCK_NAME).read_text("ascii").strip() == str(os.getpid())
     except (OSError, UnicodeDecodeError):
         return False

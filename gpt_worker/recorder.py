@@ -71,7 +71,8 @@ class Recorder:
         self._hurry = False  # whether the inbox holds what may be a job's last outcome
         self._committed_s = -COMMIT_GAP_S
         self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
-        self.healthy = True
+        self._stores = True  # the last commit has succeeded
+        self._suspended = False
         self.commits = 0
         self.stored = 0  # outcomes, since the start
         self.on_ended: Callable[[str, int], None] = lambda _job_id, _run: None
@@ -90,6 +91,19 @@ class Recorder:
             self._condition.notify_all()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether answers are stored: else none should be asked for."""
+        return self._stores and not self._suspended
+
+    def suspend(self) -> None:
+        """Have nothing asked for: it is not sure that answers can be stored."""
+        self._suspended = True
+
+    def resume(self) -> None:
+        self._suspended = False
+        self.on_recovered()
 
     @property
     def waiting(self) -> int:
@@ -143,10 +157,10 @@ class Recorder:
                 self._condition.notify_all()
             if group.outcomes or group.started:
                 self._persist(lambda group=group: self._commit_group(group), group.job_ids)  # type: ignore[misc]
-                self.stored += len(group.outcomes) if self.healthy else 0
+                self.stored += len(group.outcomes) if self._stores else 0
             if closing is not None:
                 self._persist(lambda closing=closing: self._commit_slice(closing), (closing.job_id,))  # type: ignore[misc]
-                if self._stopping and not self.healthy:
+                if self._stopping and not self._stores:
                     return  # what could not be stored is asked again after the next start
                 if closing.after is None:
                     with self._condition:
@@ -164,9 +178,9 @@ class Recorder:
                 ended = commit()
                 break
             except Exception as error:  # whatever it is, an answer that was paid for is not dropped
-                if self.healthy:
+                if self._stores:
                     _say_unhealthy(error)
-                self.healthy = False
+                self._stores = False
                 if self._stopping:
                     log.error(
                         "the last answers can't be stored: they are asked for again after the next start",
@@ -177,8 +191,8 @@ class Recorder:
                 retry_s = min(LONGEST_RETRY_S, 2 * retry_s)
         self.commits += 1
         self._committed_s = time.monotonic()
-        if not self.healthy:
-            self.healthy = True
+        if not self._stores:
+            self._stores = True
             log.info("answers are stored again", extra={"action": "record"})
             self.on_recovered()
         self.on_committed(job_ids)
@@ -199,13 +213,13 @@ class Recorder:
                 job_store.start(session, job_id, now)
             for job_id, outcomes in by_job.items():
                 progress = JobProgress(
-                    answered=task_store.record_answers(session, outcomes),
-                    failed=task_store.record_failures(session, outcomes),
+                    answered=task_store.record_answers(session, job_id, outcomes),
+                    failed=task_store.record_failures(session, job_id, outcomes),
                 )
                 if not (progress.answered or progress.failed) and any(map(_decided, outcomes)):
                     continue  # this very group was stored already, by a commit that seemed to fail
                 progress.results_bytes = sum(map(_result_bytes, outcomes))
-                task_store.record_attempts(session, outcomes)
+                task_store.record_attempts(session, job_id, outcomes)
                 for outcome in outcomes:
                     progress.add_call(outcome.calls, outcome.usage)
                 job_store.add_progress(session, job_id, progress)

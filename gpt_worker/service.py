@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from flask import Flask
@@ -24,6 +24,7 @@ from gpt_worker.keys import KeyBoard
 from gpt_worker.metrics import Snapshot, Stored
 from gpt_worker.models import JobRow
 from gpt_worker.modes import ModeBoard
+from gpt_worker.owner import Owner
 from gpt_worker.places import Places
 from gpt_worker.progress import ProgressBoard
 from gpt_worker.recorder import Recorder
@@ -65,16 +66,18 @@ class Service:
     keys: KeyBoard
     version: str
     progress: ProgressBoard
+    owner: Owner | None  # of a database that other hosts reach
     places: Places = field(default_factory=Places)
     ready: bool = False
     stopping: bool = False
     _troubled: bool = field(default=False, init=False)  # the numbers can't be read, and it has been told
 
-    def start(self) -> None:
+    def start(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
         """Bring the tables up to date, take up what an earlier process left, and begin to serve.
 
         In the process that serves, after the fork and with DATA_DIR owned. Raises SettingsError if the embedded model
-        is to answer and is not there, or the drive's driver is not.
+        is to answer and is not there, or the drive's driver or the database is not; InUse where another service has
+        the database; StartGivenUp when it `is_wanted` no more while it waits for that.
         """
         check_settings(self.settings)
         if self.embedded is not None:
@@ -82,7 +85,13 @@ class Service:
                 check_installed(self.settings.model_path)
             except EmbeddedModelMissing as error:
                 raise SettingsError(str(error)) from error
+        self.database.await_up(is_wanted)
+        if self.owner is not None:
+            self.owner.acquire(is_wanted)  # before its tables are changed
         self.database.migrate()
+        if self.owner is not None:
+            self.owner.acquire(is_wanted)
+            self.owner.start()
         with self.app.app_context():
             self.accounts.prepare()
         with self.database.write() as session:
@@ -162,6 +171,8 @@ class Service:
             log.error("the last answers could not be stored in time", extra={"action": "stop"})
         if self.embedded is not None:
             self.embedded.stop()
+        if self.owner is not None:
+            self.owner.stop()
         self.database.close()
 
     def abort(self) -> None:

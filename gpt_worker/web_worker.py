@@ -45,7 +45,8 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 from config import Settings, SettingsError
 from gpt_worker.drives import check_settings
 from gpt_worker.embedded import EmbeddedModelMissing, check_installed
-from gpt_worker.ownership import InUse, Ownership, check_database_file
+from gpt_worker.errors import StartGivenUp
+from gpt_worker.ownership import InUse, Ownership, check_database
 from gpt_worker.places import SMALL_BODY_BYTES, SPARE_THREADS, WEB_THREADS
 
 THREADS = WEB_THREADS
@@ -86,8 +87,8 @@ logger = logging.getLogger(__name__)
 class Service(Protocol):
     """What the worker asks of `app.extensions["gpt_worker"]`."""
 
-    def start(self) -> None:
-        """Start the threads; DATA_DIR is owned."""
+    def start(self, is_wanted: Callable[[], bool]) -> None:
+        """Start the threads; DATA_DIR is owned. Raises StartGivenUp if it waits and `is_wanted` no more."""
 
     def begin_shutdown(self) -> None:
         """Take nothing new and let go of every waiting request; returns at once."""
@@ -508,7 +509,7 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
             super().load_wsgi()
             service: Service = self.wsgi.extensions["gpt_worker"]
             self.body_limits = self.wsgi.extensions["gpt_worker_body_limits"]
-            service.start()
+            service.start(lambda: bool(self.alive))
             self.service = service
             gc.collect()
             gc.freeze()  # what stays for good, all code included, is looked through no more
@@ -516,6 +517,8 @@ class WebWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
         except (SettingsError, InUse) as error:
             print(f"gpt-worker: {error}", file=sys.stderr, flush=True)
             self._leave(REFUSED)
+        except StartGivenUp:
+            self._leave(0)
         except Exception:
             logger.exception("The service could not start.", extra={"action": "start_failed"})
             self._leave(REFUSED)
@@ -938,7 +941,7 @@ def take_charge(server: Arbiter, settings: Settings) -> None:
     def reload_if_settings_are_good() -> None:
         try:
             fresh = Settings.from_env()
-            check_database_file(fresh)
+            check_database(fresh.database)
             moves = listens_as_set and _address(fresh) not in server.address
             _check_machine(fresh, with_address=moves)
         except SettingsError as error:

@@ -24,6 +24,7 @@ from tests.service import Env, Service
 
 MIN_SECRET_LENGTH = 10
 MIN_TEXT_LENGTH = 16
+MAX_TEXT_LENGTH = 1000  # by its beginning one of several MiB is known as well, and sooner
 MAX_TEXTS = 300  # of one service: a test may send a hundred thousand
 MAX_REPLY_BYTES = 1 << 20
 SECRETS_IN_FILES = {"app-key": "APP_KEY", "setup-token": "the set-up token"}
@@ -32,6 +33,7 @@ SECRET_SETTINGS = frozenset(
     {
         *("APP_KEY", "ADMIN_PASSWORD", "WEBHOOK_SECRET"),
         *("S3_KEY", "S3_SECRET", "AZURE_CONNECTION_STRING"),
+        "DB_PASSWORD",
     }
 )
 HOMES_OF_TEXTS = {"tasks": None, "deliveries": None, "jobs": {"settings"}}
@@ -75,7 +77,7 @@ class Canaries:
         """Every string within a value, if it is long enough to be known again."""
         for text in strings_in(value):
             if len(text.strip()) >= MIN_TEXT_LENGTH and len(self.texts) < MAX_TEXTS:
-                self.texts.setdefault(text, what)
+                self.texts.setdefault(text[:MAX_TEXT_LENGTH], what)
 
     def find_in(self, content: bytes, *, with_texts: bool = True) -> Iterator[str]:
         """What of it this content holds, in any of the spellings that logs and files use."""

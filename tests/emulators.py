@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import requests
@@ -31,11 +32,15 @@ def find(name: str, path: Path) -> str:
     """The emulator's program."""
     found = shutil.which(path)
     if found is None:
-        reason = f"{name} is not installed: run make test-services"
-        if os.environ.get("CI") == "true" or name in os.environ.get("MUST_HAVE", "").split():
-            pytest.fail(reason)
-        pytest.skip(reason)
+        do_without(name, f"{name} is not installed: run make test-services")
     return found
+
+
+def do_without(name: str, reason: str) -> NoReturn:
+    """Skips the test, or fails it where this must be there."""
+    if os.environ.get("CI") == "true" or name in os.environ.get("MUST_HAVE", "").split():
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def _of_python(name: str) -> Path:

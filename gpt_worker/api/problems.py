@@ -10,21 +10,20 @@ import json
 import logging
 import math
 import re
-import sqlite3
 from collections.abc import Sequence
 from http import HTTPStatus
 
 from flask import Flask, Response, g, request
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from gpt_worker.api.context import service
 from gpt_worker.api.job_schemas import meant_setting
 from gpt_worker.api.upload_query import UploadQuery
-from gpt_worker.db import DatabaseUnusable, error_code, trouble_of
+from gpt_worker.db import is_full, trouble_of
 from gpt_worker.domain import new_id
 from gpt_worker.errors import (
     Conflict,
@@ -39,6 +38,7 @@ from gpt_worker.errors import (
     Unauthenticated,
     Unavailable,
 )
+from gpt_worker.write_gate import DatabaseUnusable
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def install(app: Flask) -> None:
     app.register_error_handler(GptWorkerError, _refused)
     app.register_error_handler(HTTPException, _http_problem)
     app.register_error_handler(ValidationError, validation_problem)
-    for kind in (DatabaseError, DatabaseUnusable, PoolTimeout):
+    for kind in (DBAPIError, DatabaseUnusable, PoolTimeout):
         app.register_error_handler(kind, _database_problem)
     app.register_error_handler(OSError, _system_problem)
     app.register_error_handler(Exception, _bug)
@@ -177,8 +177,8 @@ def _http_problem(error: HTTPException) -> Response:
     return reply
 
 
-def _database_problem(error: DatabaseError | DatabaseUnusable | PoolTimeout) -> Response:
-    if error_code(error) == sqlite3.SQLITE_FULL:
+def _database_problem(error: DBAPIError | DatabaseUnusable | PoolTimeout) -> Response:
+    if is_full(error):
         return _refused(DiskLow("The disk is full."))
     trouble = trouble_of(error)
     if trouble is None and not isinstance(error, OperationalError):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import delete, exists, func, select, update
+from sqlalchemy import CursorResult, delete, false, func, select, update
 from sqlalchemy.orm import Session
 
 from gpt_worker.domain import Role
@@ -11,7 +11,7 @@ from gpt_worker.models import DeliveryRow, JobRow, LoginFailureRow, TokenRow, Us
 
 
 def any_user(session: Session) -> bool:
-    return bool(session.scalar(select(exists().select_from(UserRow))))
+    return session.scalar(select(UserRow.id).limit(1)) is not None
 
 
 def add_user(session: Session, user: UserRow) -> None:
@@ -39,7 +39,7 @@ def count_other_admins(session: Session, user_id: str) -> int:
     """How many enabled admins there are beside this user."""
     statement = select(func.count()).select_from(UserRow)
     statement = statement.where(
-        UserRow.role == Role.ADMIN, UserRow.disabled.is_(False), UserRow.id != user_id
+        UserRow.role == Role.ADMIN, UserRow.disabled == false(), UserRow.id != user_id
     )
     return session.scalar(statement) or 0
 
@@ -77,10 +77,9 @@ def list_api_tokens(session: Session, user_id: str, *, before: str | None, limit
 
 def delete_token(session: Session, user_id: str, token_id: str) -> bool:
     """Whether the user had that token."""
-    statement = (
-        delete(TokenRow).where(TokenRow.id == token_id, TokenRow.user_id == user_id).returning(TokenRow.id)
-    )
-    return session.scalar(statement) is not None
+    result = session.execute(delete(TokenRow).where(TokenRow.id == token_id, TokenRow.user_id == user_id))
+    assert isinstance(result, CursorResult)
+    return result.rowcount == 1
 
 
 def delete_tokens(session: Session, user_id: str, *, but: str | None = None) -> None:

@@ -172,12 +172,12 @@ def unfrozen_of_job(session: Session, job_id: str) -> Sequence[DeliveryRow]:
 
 def has_unfrozen(session: Session, job: JobRow) -> bool:
     """Whether the webhook of the job's latest run has no body yet; a new run may only begin when it has."""
-    owed = exists().where(
+    owed = select(DeliveryRow.id).where(
         DeliveryRow.job_id == job.id,
         DeliveryRow.run == job.run,
         DeliveryRow.status == DeliveryStatus.PREPARING,
     )
-    return bool(session.scalar(select(owed)))
+    return session.scalar(owed.limit(1)) is not None
 
 
 _AS_IT_WAS = exists().where(
@@ -217,8 +217,10 @@ def record_attempt(
     Safe to repeat after a commit of unknown result. A delivery given another time meanwhile keeps that.
     """
     delivery = session.get(DeliveryRow, due.id, populate_existing=True)
-    known = select(exists().where(AttemptRow.delivery_id == due.id, AttemptRow.sent_at == attempt.sent_at))
-    if delivery is None or session.scalar(known):
+    known = select(AttemptRow.number).where(
+        AttemptRow.delivery_id == due.id, AttemptRow.sent_at == attempt.sent_at
+    )
+    if delivery is None or session.scalar(known.limit(1)) is not None:
         return
     _add_attempt(session, delivery, attempt)
     if delivery.next_attempt_at != due.due_at:

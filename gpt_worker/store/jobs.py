@@ -259,7 +259,7 @@ def discarded_jobs(session: Session) -> Sequence[str]:
 
 def delete_job(session: Session, job_id: str) -> None:
     """Delete a job whose tasks are gone."""
-    assert not session.scalar(select(exists().where(TaskRow.job_id == job_id)))
+    assert session.scalar(select(TaskRow.position).where(TaskRow.job_id == job_id).limit(1)) is None
     session.execute(delete(IdempotencyRow).where(IdempotencyRow.job_id == job_id))
     session.execute(delete(JobRow).where(JobRow.id == job_id))
 

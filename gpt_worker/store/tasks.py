@@ -7,51 +7,34 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from json.encoder import encode_basestring
-from typing import Any, cast
 
-from sqlalchemy import (
-    Connection,
-    CursorResult,
-    Table,
-    Update,
-    bindparam,
-    delete,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import CursorResult, bindparam, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from gpt_worker.domain import Answer, ErrorCode, Failure, NewTask, Outcome, Prompt, TaskState
 from gpt_worker.models import TaskRow
+from gpt_worker.store import bulk
+from gpt_worker.store.bulk import PendingUpdate
 
 SLICE_TASKS = 5000
-ROWS_A_STATEMENT = 250
-INSERT = "INSERT INTO tasks (job_id, position, id, prompt, tokens, state, attempts) VALUES "
-ROW = f"(?1,?,?,?,?,{TaskState.PENDING:d},0)"
-INSERT_ONE, INSERT_MANY = INSERT + ROW, INSERT + ",".join([ROW] * ROWS_A_STATEMENT)
-_TASKS = cast(Table, TaskRow.__table__)
+_TASKS = bulk.TASKS
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 # A statement that is run all the time is built once, and below the ORM.
-_UPDATE_PENDING = update(_TASKS).where(
-    _TASKS.c.job_id == bindparam("b_job"),
-    _TASKS.c.position == bindparam("b_position"),
-    _TASKS.c.state == TaskState.PENDING,
+_ANSWER = PendingUpdate(("answer", "finish_reason", "attempts"), TaskState.ANSWERED)
+_FAIL = PendingUpdate(("error_code", "error_message", "attempts"), TaskState.FAILED)
+_CLOSE = PendingUpdate(("error_code", "error_message"), TaskState.FAILED)
+_COUNT_ATTEMPTS = PendingUpdate(("attempts",), TaskState.PENDING)
+_COUNT_CRASH = bulk.pending_update().values(crashes=_TASKS.c.crashes + 1)
+_CLOSE_CRASHED = (
+    bulk.pending_update()
+    .where(_TASKS.c.crashes >= bindparam("b_crashes"))
+    .values(
+        state=int(TaskState.FAILED),
+        error_code=bindparam("error_code"),
+        error_message=bindparam("error_message"),
+    )
 )
-
-
-def _setting(*names: str, **values: Any) -> Update:
-    return _UPDATE_PENDING.values(values | {name: bindparam(name) for name in names})
-
-
-_ANSWER = _setting("answer", "finish_reason", "attempts", state=TaskState.ANSWERED)
-_FAIL = _setting("error_code", "error_message", "attempts", state=TaskState.FAILED)
-_CLOSE = _setting("error_code", "error_message", state=TaskState.FAILED)
-_COUNT_ATTEMPTS = _setting("attempts")
-_COUNT_CRASH = _setting(crashes=_TASKS.c.crashes + 1)
-_CLOSE_CRASHED = _CLOSE.where(_TASKS.c.crashes >= bindparam("b_crashes"))
 _PENDING = (
     select(_TASKS.c.position, _TASKS.c.prompt, _TASKS.c.tokens, _TASKS.c.attempts, _TASKS.c.crashes)
     .where(
@@ -91,46 +74,11 @@ class TaskResult:
 
 def add_tasks(session: Session, job_id: str, first_position: int, tasks: Sequence[NewTask]) -> None:
     """Store one slice of a job's tasks, in order."""
-    connection = session.connection()
-    if connection.dialect.name == "sqlite":
-        _add_to_sqlite(connection, job_id, first_position, tasks)
-        return
-    if not tasks:
-        return
-    connection.execute(
-        insert(_TASKS),
-        [
-            {
-                "job_id": job_id,
-                "position": position,
-                "id": task.id,
-                "prompt": _encoded(task.prompt),
-                "tokens": task.tokens,
-                "state": int(TaskState.PENDING),
-                "attempts": 0,
-            }
-            for position, task in enumerate(tasks, first_position)
-        ],
-    )
-
-
-def _add_to_sqlite(
-    connection: Connection, job_id: str, first_position: int, tasks: Sequence[NewTask]
-) -> None:
-    """Many rows a statement: half the time of a row each, and other threads run while SQLite is at it."""
-    many = len(tasks) - len(tasks) % ROWS_A_STATEMENT
-    for start in range(0, many, ROWS_A_STATEMENT):
-        values: list[str | int] = [job_id]
-        rows = tasks[start : start + ROWS_A_STATEMENT]
-        for position, (id_, prompt, tokens) in enumerate(rows, first_position + start):
-            values += (position, id_, _encoded(prompt), tokens)
-        connection.exec_driver_sql(INSERT_MANY, tuple(values))
-    few = [
-        (job_id, position, id_, _encoded(prompt), tokens)
-        for position, (id_, prompt, tokens) in enumerate(tasks[many:], first_position + many)
+    rows = [
+        (position, id_, _encoded(prompt), tokens)
+        for position, (id_, prompt, tokens) in enumerate(tasks, first_position)
     ]
-    if few:
-        connection.exec_driver_sql(INSERT_ONE, few)
+    bulk.insert_tasks(session.connection(), job_id, rows)
 
 
 def _encoded(prompt: Prompt) -> str:
@@ -151,50 +99,34 @@ def pending_page(session: Session, job_id: str, after: int, limit: int, max_toke
     return page
 
 
-def record_answers(session: Session, outcomes: Iterable[Outcome]) -> int:
-    """Store answers of one job to tasks that are not decided yet; how many were."""
+def record_answers(session: Session, job_id: str, outcomes: Iterable[Outcome]) -> int:
+    """Store answers to tasks of one job that are not decided yet; how many were."""
     rows = [
-        {
-            "b_job": outcome.job_id,
-            "b_position": outcome.position,
-            "answer": outcome.decision.text,
-            "finish_reason": outcome.decision.finish_reason,
-            "attempts": outcome.attempts,
-        }
+        (outcome.position, outcome.decision.text, outcome.decision.finish_reason, outcome.attempts)
         for outcome in outcomes
         if isinstance(outcome.decision, Answer)
     ]
-    return _update_pending(session, _ANSWER, rows)
+    return _ANSWER.run(session.connection(), job_id, rows)
 
 
-def record_failures(session: Session, outcomes: Iterable[Outcome]) -> int:
-    """Store failures of one job's tasks that are not decided yet; how many were."""
+def record_failures(session: Session, job_id: str, outcomes: Iterable[Outcome]) -> int:
+    """Store failures of tasks of one job that are not decided yet; how many were."""
     rows = [
-        {
-            "b_job": outcome.job_id,
-            "b_position": outcome.position,
-            "error_code": outcome.decision.code,
-            "error_message": outcome.decision.message[:1000],
-            "attempts": outcome.attempts,
-        }
+        (outcome.position, outcome.decision.code, outcome.decision.message[:1000], outcome.attempts)
         for outcome in outcomes
         if isinstance(outcome.decision, Failure)
     ]
-    return _update_pending(session, _FAIL, rows)
+    return _FAIL.run(session.connection(), job_id, rows)
 
 
-def record_attempts(session: Session, outcomes: Iterable[Outcome]) -> None:
+def record_attempts(session: Session, job_id: str, outcomes: Iterable[Outcome]) -> None:
     """Note the charged tries of tasks that are asked again, so that they outlive this process."""
     rows = [
-        {"b_job": outcome.job_id, "b_position": outcome.position, "attempts": outcome.attempts}
+        (outcome.position, outcome.attempts)
         for outcome in outcomes
         if outcome.decision is None and outcome.attempts
     ]
-    _update_pending(session, _COUNT_ATTEMPTS, rows)
-
-
-def _update_pending(session: Session, statement: Update, rows: list[dict[str, Any]]) -> int:
-    return session.connection().execute(statement, rows).rowcount if rows else 0
+    _COUNT_ATTEMPTS.run(session.connection(), job_id, rows)
 
 
 def fail_pending(
@@ -212,17 +144,9 @@ def fail_pending(
     ).all()
     if not positions:
         return 0, None
-    rows = [
-        {
-            "b_job": job_id,
-            "b_position": position,
-            "error_code": failure.code,
-            "error_message": failure.message[:1000],
-        }
-        for position in positions
-        if position not in spare
-    ]
-    failed = _update_pending(session, _CLOSE, rows)
+    message = failure.message[:1000]
+    rows = [(position, failure.code, message) for position in positions if position not in spare]
+    failed = _CLOSE.run(session.connection(), job_id, rows)
     return failed, positions[-1] if len(positions) == SLICE_TASKS else None
 
 
@@ -234,9 +158,10 @@ def count_crash(
     Returns how many were failed.
     """
     keys = [{"b_job": job_id, "b_position": position} for position in sorted(positions)]
-    _update_pending(session, _COUNT_CRASH, keys)
+    connection = session.connection()
+    bulk.update_each(connection, _COUNT_CRASH, keys)
     closed = {"b_crashes": limit, "error_code": failure.code, "error_message": failure.message[:1000]}
-    return _update_pending(session, _CLOSE_CRASHED, [key | closed for key in keys])
+    return bulk.update_each(connection, _CLOSE_CRASHED, [key | closed for key in keys])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ Whatever the services of a run have written is looked through at its end: no sec
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,40 @@ import pytest
 
 from tests.canaries import Watch
 from tests.receiver import Receiver
+from tests.servers import SERVERS, Server
 from tests.service import Env, Service
 from tests.upstream import KeyRules, Upstream
+
+Databases = Callable[[], AbstractContextManager[Env]]
+"""The settings of a service with a database of its own, which is there for as long as the block lasts."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What is marked `every_database` runs on SQLite as ever, and once more on each server as one of `services`."""
+    if "databases" in metafunc.fixturenames and metafunc.definition.get_closest_marker("every_database"):
+        on_servers = [pytest.param(name, marks=pytest.mark.services) for name in SERVERS]
+        metafunc.parametrize("databases", ["sqlite", *on_servers], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Callable[[str], Server]]:
+    """The database server of that name, which is started when it is first asked for."""
+    started: dict[str, Server] = {}
+    with ExitStack() as stack:
+
+        def server(name: str) -> Server:
+            if name not in started:
+                started[name] = stack.enter_context(SERVERS[name]())
+            return started[name]
+
+        yield server
+
+
+@pytest.fixture(scope="module")
+def databases(request: pytest.FixtureRequest, servers: Callable[[str], Server]) -> Databases:
+    """Where the services of a test keep their jobs."""
+    name = getattr(request, "param", "sqlite")
+    return servers(name).database if name in SERVERS else lambda: nullcontext({})
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -41,11 +73,13 @@ def shared_env() -> Env:
 
 @pytest.fixture(scope="module")
 def shared_service(
-    tmp_path_factory: pytest.TempPathFactory, shared_upstream: Upstream, shared_env: Env
+    tmp_path_factory: pytest.TempPathFactory, databases: Databases, shared_upstream: Upstream, shared_env: Env
 ) -> Iterator[Service]:
-    with Service(tmp_path_factory.mktemp("shared"), shared_env, shared_upstream) as service:
-        assert service.admin
-        yield service
+    with databases() as database:
+        env = {**database, **shared_env}
+        with Service(tmp_path_factory.mktemp("shared"), env, shared_upstream) as service:
+            assert service.admin
+            yield service
 
 
 @pytest.fixture
@@ -68,7 +102,7 @@ def service(shared_service: Service, upstream: Upstream) -> Iterator[Service]:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Service, Upstream]]]:
+def start(tmp_path: Path, databases: Databases) -> Iterator[Callable[..., tuple[Service, Upstream]]]:
     """`start(keys, env, **server)` → a service and a fake OpenAI of the test's own; both end with it."""
     with ExitStack() as stack:
 
@@ -76,7 +110,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Service, Upstream]]]:
             keys: Mapping[str, KeyRules] | None = None, env: Env | None = None, **server: Any
         ) -> tuple[Service, Upstream]:
             upstream = stack.enter_context(Upstream(keys, **server))
-            return stack.enter_context(Service(tmp_path, env, upstream)), upstream
+            settings = {**stack.enter_context(databases()), **(env or {})}
+            return stack.enter_context(Service(tmp_path, settings, upstream)), upstream
 
         yield start
 

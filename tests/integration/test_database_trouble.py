@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,8 +20,9 @@ from typing import Any
 import pytest
 import requests
 
-from tests.service import ROOT, Service
-from tests.upstream import KeyRules, Upstream
+from tests.service import ROOT
+from tests.stand import KEYS, Stand, assert_refused
+from tests.upstream import Upstream
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,18 +30,15 @@ pytestmark = [
 ]
 
 DATABASE = "gpt-worker.sqlite3"
-DATA = {f"id {number}": f"task {number}" for number in range(400)}
-ANSWERS = {id_: f"answer to: {text}" for id_, text in DATA.items()}
 ROOM_BYTES = 272 << 20  # of a small file system: 200 MiB must be free for work to be accepted
 LIMIT_BYTES = 64 << 10  # of a file, beyond which the kernel refuses a write
 
 
-class Stand(Service):
-    """A service started through a prefix such as `unshare`, with a finished job and one that goes on."""
+class FileStand(Stand):
+    """A service started through a prefix such as `unshare`."""
 
     def __init__(self, tmp_path: Path, upstream: Upstream, prefix: Sequence[str] = ()) -> None:
-        super().__init__(tmp_path, {"GPT_THREADS_PER_KEY": "4"}, upstream)
-        self.upstream = upstream
+        super().__init__(tmp_path, upstream)
         self._prefix = prefix
 
     def launch(self) -> None:
@@ -56,12 +53,8 @@ class Stand(Service):
                 start_new_session=True,
             )
 
-    def begin(self) -> "Stand":
-        """Start, finish a job, and be at work on another."""
-        self.start()
-        self.earlier = self.submit({"early": "hello"}).json()
-        self.job_id = self.submit(DATA, prefer="respond-async").json()["id"]
-        self.upstream.wait_for_calls(40)
+    def begun(self) -> "FileStand":
+        self.begin()
         return self
 
     @property
@@ -82,15 +75,6 @@ class Stand(Service):
         """The process that serves."""
         (child,) = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         return int(child)
-
-    def readiness(self) -> tuple[int, str]:
-        reply = self.get("/readyz")
-        return reply.status_code, reply.json().get("detail", "")
-
-    def wait_unready(self) -> str:
-        """The reason, once it is told that it can't work."""
-        self.wait_until(lambda: self.readiness()[0] == 503, 20)
-        return self.readiness()[1]
 
     def wait_until_nothing_is_sent(self) -> None:
         self.wait_until(lambda: "database" in (self._waiting() or {}).get("reason", ""), 20)
@@ -116,36 +100,11 @@ class Stand(Service):
 
     def assert_goes_on_and_ends(self) -> None:
         """By itself: everything that was accepted is answered, and nothing was asked twice."""
-        self.wait_until(lambda: self.readiness()[0] == 200, 20)
-        assert self.wait_finished(self.job_id)["status"] == "succeeded"
-        assert self.job(self.job_id)["results"] == ANSWERS
-        assert self.job(self.earlier["id"]) == self.earlier
+        self.assert_ends_as_if_nothing_had_been()
         assert self.submit(["more"], idempotency_key="one").status_code == 200
-        asked = Counter(call.user_text for call in self.upstream.calls())
-        assert {text for text in DATA.values() if asked[text] != 1} == set()
         assert_whole(self.seen_dir / DATABASE)
         assert self.terminate() == 0
         assert "Traceback" not in self.stderr()
-
-    def terminate(self, timeout_s: float = 40.0) -> int:
-        self._close_session()  # for an open connection it waits two seconds
-        return super().terminate(timeout_s)
-
-    def refusal(self) -> str:
-        """What a start says that must be refused: one plain line and exit status 2."""
-        said_before = len(self.stderr())
-        self.launch()
-        assert self.wait_exit() == 2
-        said = self.stderr()[said_before:]
-        assert "Traceback" not in said
-        (line,) = [line for line in said.splitlines() if line.startswith("gpt-worker: ")]
-        return line
-
-
-def assert_refused(reply: requests.Response) -> None:
-    assert reply.status_code in (503, 507), reply.text
-    assert reply.headers["Content-Type"] == "application/problem+json"
-    assert reply.status_code == 507 or int(reply.headers["Retry-After"]) > 0
 
 
 def assert_whole(path: Path) -> None:
@@ -156,17 +115,17 @@ def assert_whole(path: Path) -> None:
 
 @pytest.fixture
 def upstream() -> Iterator[Upstream]:
-    with Upstream({f"sk-trouble-{number}": KeyRules(latency_s=0.02) for number in range(2)}) as upstream:
+    with Upstream(KEYS) as upstream:
         yield upstream
 
 
 @pytest.fixture
-def start(tmp_path: Path, upstream: Upstream) -> Iterator[Callable[..., Stand]]:
+def start(tmp_path: Path, upstream: Upstream) -> Iterator[Callable[..., FileStand]]:
     """Makes the test's service, which is not started yet; it ends with the test."""
-    made: list[Stand] = []
+    made: list[FileStand] = []
 
-    def make(prefix: Sequence[str] = ()) -> Stand:
-        made.append(Stand(tmp_path, upstream, prefix))
+    def make(prefix: Sequence[str] = ()) -> FileStand:
+        made.append(FileStand(tmp_path, upstream, prefix))
         return made[0]
 
     yield make
@@ -182,21 +141,21 @@ class Room:
     """How a service's disk is filled, and emptied again."""
 
     prefix: Sequence[str]
-    fill: Callable[[Stand], None]
-    empty: Callable[[Stand], None]
+    fill: Callable[[FileStand], None]
+    empty: Callable[[FileStand], None]
 
 
-def limit_files(stand: Stand) -> None:
+def limit_files(stand: FileStand) -> None:
     _, hard = resource.prlimit(stand.worker, resource.RLIMIT_FSIZE)
     resource.prlimit(stand.worker, resource.RLIMIT_FSIZE, (LIMIT_BYTES, hard))
 
 
-def unlimit_files(stand: Stand) -> None:
+def unlimit_files(stand: FileStand) -> None:
     _, hard = resource.prlimit(stand.worker, resource.RLIMIT_FSIZE)
     resource.prlimit(stand.worker, resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def fill_disk(stand: Stand) -> None:
+def fill_disk(stand: FileStand) -> None:
     with (stand.seen_dir / "ballast").open("wb") as file:
         length = 0
         for step in (1 << 20, 4096):
@@ -206,7 +165,7 @@ def fill_disk(stand: Stand) -> None:
                     length += step
 
 
-def empty_disk(stand: Stand) -> None:
+def empty_disk(stand: FileStand) -> None:
     (stand.seen_dir / "ballast").unlink()
 
 
@@ -232,8 +191,8 @@ def room(request: pytest.FixtureRequest) -> Room:
     return own_disk() if request.param == "file system" else Room((), limit_files, unlimit_files)
 
 
-def test_a_full_disk_stops_the_sending_and_loses_nothing(start: Callable[..., Stand], room: Room) -> None:
-    stand = start(room.prefix).begin()
+def test_a_full_disk_stops_the_sending_and_loses_nothing(start: Callable[..., FileStand], room: Room) -> None:
+    stand = start(room.prefix).begun()
 
     room.fill(stand)
 
@@ -248,9 +207,9 @@ def test_a_full_disk_stops_the_sending_and_loses_nothing(start: Callable[..., St
 
 
 def test_another_programs_lock_fails_nobody_for_good_and_leaves_health_answering(
-    start: Callable[..., Stand],
+    start: Callable[..., FileStand],
 ) -> None:
-    stand = start().begin()
+    stand = start().begun()
     token = stand.admin
     replies: list[requests.Response] = []
 
@@ -288,7 +247,7 @@ MANY = 100_000
 
 
 @contextmanager
-def locked(stand: Stand) -> Iterator[None]:
+def locked(stand: FileStand) -> Iterator[None]:
     with closing(sqlite3.connect(stand.database, isolation_level=None, timeout=0.0)) as other:
         while not other.in_transaction:  # at once, between two commits: SQLite's own wait would come too late
             with suppress(sqlite3.OperationalError):
@@ -298,13 +257,13 @@ def locked(stand: Stand) -> Iterator[None]:
 
 
 @contextmanager
-def full(stand: Stand) -> Iterator[None]:
+def full(stand: FileStand) -> Iterator[None]:
     limit_files(stand)
     yield
     unlimit_files(stand)
 
 
-def ask(stand: Stand, statement: str) -> Any:
+def ask(stand: FileStand, statement: str) -> Any:
     """The one value that the statement gives."""
     with closing(sqlite3.connect(stand.database, timeout=30.0)) as other:
         ((value,),) = other.execute(statement).fetchall()
@@ -326,7 +285,7 @@ def in_the_background(send: Callable[[], requests.Response]) -> Callable[[], req
 
 @pytest.mark.parametrize("trouble", [locked, full])
 def test_submit_that_fails_half_way_frees_its_key_and_its_rows_when_the_database_works_again(
-    start: Callable[..., Stand], trouble: Callable[[Stand], AbstractContextManager[None]]
+    start: Callable[..., FileStand], trouble: Callable[[FileStand], AbstractContextManager[None]]
 ) -> None:
     stand = start()
     stand.start()
@@ -353,7 +312,7 @@ def test_submit_that_fails_half_way_frees_its_key_and_its_rows_when_the_database
 
 @pytest.mark.parametrize("trouble", [locked, full])
 def test_retry_that_fails_half_way_goes_on_when_the_database_works_again(
-    start: Callable[..., Stand], trouble: Callable[[Stand], AbstractContextManager[None]]
+    start: Callable[..., FileStand], trouble: Callable[[FileStand], AbstractContextManager[None]]
 ) -> None:
     stand = start()
     for key in stand.upstream.keys:
@@ -395,7 +354,7 @@ def without_override() -> Sequence[str]:
 
 @pytest.mark.parametrize(("place", "mode"), [(DATABASE, 0o400), (".", 0o500)])
 def test_a_database_that_cannot_be_written_is_refused_in_one_line(
-    start: Callable[..., Stand], place: str, mode: int
+    start: Callable[..., FileStand], place: str, mode: int
 ) -> None:
     stand = start(without_override())
     stand.start()
@@ -415,9 +374,9 @@ def test_a_database_that_cannot_be_written_is_refused_in_one_line(
 
 
 def test_connections_that_are_opened_while_the_file_is_read_only_do_not_stay_so(
-    start: Callable[..., Stand],
+    start: Callable[..., FileStand],
 ) -> None:
-    stand = start(without_override()).begin()
+    stand = start(without_override()).begun()
     token = stand.admin
     replies: list[requests.Response] = []
 
@@ -454,7 +413,7 @@ def overwrite(path: Path, first_byte: int) -> None:
         file.write(b"\xa5" * (length - first_byte))
 
 
-def test_damage_that_a_start_meets_is_one_plain_line(start: Callable[..., Stand]) -> None:
+def test_damage_that_a_start_meets_is_one_plain_line(start: Callable[..., FileStand]) -> None:
     stand = start()
     stand.start()
     assert stand.submit(["hello"]).ok
@@ -468,9 +427,9 @@ def test_damage_that_a_start_meets_is_one_plain_line(start: Callable[..., Stand]
 
 @pytest.mark.parametrize("what", ["pages", "log of writes"])
 def test_damage_under_a_running_service_is_told_and_no_restart_hides_it(
-    start: Callable[..., Stand], what: str
+    start: Callable[..., FileStand], what: str
 ) -> None:
-    stand = start().begin()
+    stand = start().begun()
     token, worker = stand.admin, stand.worker
     if what == "pages":
         with closing(sqlite3.connect(stand.database)) as other:
@@ -498,8 +457,8 @@ def test_damage_under_a_running_service_is_told_and_no_restart_hides_it(
         assert "is damaged" in stand.refusal()
 
 
-def test_a_damaged_end_of_the_log_of_writes_costs_no_more_than_that(start: Callable[..., Stand]) -> None:
-    stand = start().begin()
+def test_a_damaged_end_of_the_log_of_writes_costs_no_more_than_that(start: Callable[..., FileStand]) -> None:
+    stand = start().begun()
     stand.kill()
     length = stand.log_of_writes.stat().st_size
     assert length < 1000 * 4096, "some of it is in the database already"
@@ -508,7 +467,7 @@ def test_a_damaged_end_of_the_log_of_writes_costs_no_more_than_that(start: Calla
     stand.start()
 
     assert stand.wait_finished(stand.job_id)["status"] == "succeeded"
-    assert stand.job(stand.job_id)["results"] == ANSWERS
+    assert stand.job(stand.job_id)["results"] == stand.answers
     assert_whole(stand.database)
     assert stand.terminate() == 0
 
@@ -517,9 +476,9 @@ def test_a_damaged_end_of_the_log_of_writes_costs_no_more_than_that(start: Calla
 
 
 def test_a_moved_data_dir_stops_the_work_until_it_is_back(
-    start: Callable[..., Stand], tmp_path: Path
+    start: Callable[..., FileStand], tmp_path: Path
 ) -> None:
-    stand = start().begin()
+    stand = start().begun()
 
     stand.data_dir.rename(tmp_path / "elsewhere")
 
@@ -531,8 +490,10 @@ def test_a_moved_data_dir_stops_the_work_until_it_is_back(
     stand.assert_goes_on_and_ends()
 
 
-def test_a_deleted_data_dir_takes_nothing_more_in_and_is_not_made_anew(start: Callable[..., Stand]) -> None:
-    stand = start().begin()
+def test_a_deleted_data_dir_takes_nothing_more_in_and_is_not_made_anew(
+    start: Callable[..., FileStand],
+) -> None:
+    stand = start().begun()
     token = stand.admin
 
     shutil.rmtree(stand.data_dir)

@@ -129,7 +129,7 @@ class Outbox:
                 "PUBLIC_URL": "https://worker.example.org/gpt",
             }
         )
-        self.database = WatchedDatabase(Flask(__name__), self.settings.database_url)
+        self.database = WatchedDatabase(Flask(__name__), self.settings.database.url)
         self.clock = FakeClock()
         self.deliveries = self.make()
 
@@ -176,7 +176,9 @@ class Outbox:
             session.flush()
             task_store.add_tasks(session, job.id, 0, [NewTask(id_, "prompt", 1) for id_ in answers])
             task_store.record_answers(
-                session, [Outcome(job.id, at, Answer(text)) for at, text in enumerate(answers.values())]
+                session,
+                job.id,
+                [Outcome(job.id, at, Answer(text)) for at, text in enumerate(answers.values())],
             )
             delivery_id = store.add_job_delivery(
                 session,

@@ -24,8 +24,8 @@ import pytest
 from config import DriveSettings
 from gpt_worker.drives import address_of
 from tests import emulators
-from tests.integration.test_restart import query
 from tests.receiver import Receiver, verified
+from tests.servers import query
 from tests.service import ROOT, Service
 from tests.upstream import Fault, FaultKind, Upstream
 

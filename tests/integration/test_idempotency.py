@@ -1,7 +1,6 @@
 """An Idempotency-Key under pressure: fifty clients at once, a kill in the middle, and its age."""
 
 import contextlib
-import sqlite3
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -10,8 +9,11 @@ from typing import Any
 import pytest
 import requests
 
+from tests.servers import query
 from tests.service import Service
 from tests.upstream import Upstream
+
+pytestmark = pytest.mark.every_database
 
 Start = Callable[..., tuple[Service, Upstream]]
 CLIENTS = 50
@@ -50,11 +52,9 @@ def job_ids(service: Service) -> list[str]:
 
 def age_keys(service: Service, age: timedelta) -> None:
     """Make every key that old, in the database of the running service."""
-    (path,) = service.data_dir.glob("*.sqlite3")
     moment = (datetime.now(UTC) - age).strftime("%Y-%m-%d %H:%M:%S.%f")
-    with contextlib.closing(sqlite3.connect(path, timeout=10.0)) as database:
-        assert database.execute("UPDATE idempotency_keys SET created_at = ?", (moment,)).rowcount == 1
-        database.commit()
+    query(service, "UPDATE idempotency_keys SET created_at = :moment", moment=moment)
+    assert query(service, "SELECT count(*) FROM idempotency_keys") == [(1,)]
 
 
 def test_fifty_submits_at_once_make_one_job(start: Start) -> None:

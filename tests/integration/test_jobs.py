@@ -18,6 +18,8 @@ import requests
 from tests.service import Service
 from tests.upstream import Fault, FaultKind, Upstream
 
+pytestmark = pytest.mark.every_database
+
 Start = Callable[..., tuple[Service, Upstream]]
 
 JOB_MEMBERS = [

@@ -1,9 +1,7 @@
 """Kills and restarts: every answer arrives, what was answered is not asked again, what was set stays."""
 
-import contextlib
 import json
 import signal
-import sqlite3
 import threading
 import time
 from collections import Counter
@@ -15,18 +13,14 @@ import pytest
 import requests
 
 from tests.receiver import Receiver, verified
+from tests.servers import query
 from tests.service import ADMIN_EMAIL, PASSWORD, Service
 from tests.upstream import Fault, FaultKind, KeyRules, Upstream
 
+pytestmark = pytest.mark.every_database
+
 Start = Callable[..., tuple[Service, Upstream]]
 ANSWERED = 1
-
-
-def query(service: Service, statement: str) -> list[Any]:
-    """Rows of the service's database, whether it runs or not."""
-    (path,) = service.data_dir.glob("*.sqlite3")
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        return database.execute(statement).fetchall()
 
 
 def slow_keys(count: int, latency_s: float) -> dict[str, KeyRules]:

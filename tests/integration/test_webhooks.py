@@ -16,6 +16,8 @@ from tests.receiver import Answer, Received, Receiver, redirect, verified
 from tests.service import Env, Service
 from tests.upstream import Fault, FaultKind, Upstream
 
+pytestmark = pytest.mark.every_database
+
 Start = Callable[..., tuple[Service, Upstream]]
 PATIENCE_S = 15.0
 

@@ -62,7 +62,7 @@ class SmallApp:
         problems.install(self.app)
         access.install(self.app)
         install_tokens(self.app, self.settings)
-        self.database = Database(self.app, self.settings.database_url)
+        self.database = Database(self.app, self.settings.database.url)
         with self.app.app_context():
             db.create_all()
         self.clock = FakeClock()

@@ -47,7 +47,7 @@ def test_defaults_are_those_of_the_contract(env: dict[str, str], tmp_path: Path)
     assert (settings.max_user_jobs, settings.max_user_tasks) == (1000, 10_000_000)
     assert settings.max_user_requests_per_minute == 6000
     assert settings.request_api == settings.public_url == "http://127.0.0.1:3333"
-    assert settings.database_url == f"sqlite:///{tmp_path}/data/gpt-worker.sqlite3"
+    assert settings.database.url == f"sqlite:///{tmp_path}/data/gpt-worker.sqlite3"
     assert [key.base_url for key in settings.api_keys] == [OPENAI_BASE_URL] * 2
     assert not settings.embedded
 
@@ -123,8 +123,14 @@ def test_default_model_is_not_deprecated() -> None:
         ("WEBHOOK_SECRET", "hunter2", "WEBHOOK_SECRET"),
         ("WEBHOOK_SECRET", "whsec_tooshort", "WEBHOOK_SECRET"),
         ("WEBHOOK_SECRET", "whsec_" + "?" * 40, "WEBHOOK_SECRET"),
-        ("DB_CONNECTION", "mysql", "DB_CONNECTION"),
-        ("DATABASE_URL", f"postgresql://me:{SECRET}@db/jobs", "DATABASE_URL"),
+        ("DB_CONNECTION", "mysql", "DB_HOST"),
+        ("DB_CONNECTION", "db2", "DB_CONNECTION"),
+        ("DATABASE_URL", f"postgresql://me:{SECRET}@/jobs", "DATABASE_URL"),
+        ("DATABASE_URL", f"postgresql://:{SECRET}@db/jobs", "DATABASE_URL"),
+        ("DATABASE_URL", f"postgresql://me:{SECRET}@db", "DATABASE_URL"),
+        ("DATABASE_URL", f"postgresql://me:{SECRET}@db:99999/jobs", "DATABASE_URL"),
+        ("DATABASE_URL", f"postgresql://me:{SECRET}@db:port/jobs", "DATABASE_URL"),
+        ("DATABASE_URL", f"db2://me:{SECRET}@db/jobs", "DATABASE_URL"),
         ("DATABASE_URL", "sqlite:///:memory:", "DATABASE_URL"),
         ("DATABASE_URL", "sqlite://", "DATABASE_URL"),
         ("DATABASE_URL", "sqlite:////:memory:", "DATABASE_URL"),
@@ -433,15 +439,15 @@ def test_database_is_one_absolute_path(
 ) -> None:
     settings = read({**env, **changes}, tmp_path)
 
-    assert settings.database_path == Path(path.format(data=tmp_path / "data"))
-    assert settings.database_setting == name
+    assert settings.database.path == Path(path.format(data=tmp_path / "data"))
+    assert settings.database.setting == name
 
 
 @pytest.mark.parametrize("name", ["jobs.db", "100%25.db", "a b#c@d:e+f.db"])
 def test_sqlalchemy_opens_the_very_path(env: dict[str, str], tmp_path: Path, name: str) -> None:
     settings = read({**env, "DB_DATABASE": name}, tmp_path)
 
-    assert make_url(settings.database_url).database == str(settings.database_path)
+    assert make_url(settings.database.url).database == str(settings.database.path)
 
 
 def test_settings_of_a_database_server_mean_nothing_to_sqlite(env: dict[str, str], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from flask import Flask
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from gpt_worker.db import Database, DatabaseUnusable
+from gpt_worker.db import Database
 from gpt_worker.deliveries import Deliveries
 from gpt_worker.domain import (
     Caller,
@@ -36,6 +36,7 @@ from gpt_worker.store import jobs as job_store
 from gpt_worker.store import tasks as task_store
 from gpt_worker.store.jobs import JobProgress, Unfinished
 from gpt_worker.store.tasks import SLICE_TASKS
+from gpt_worker.write_gate import DatabaseUnusable
 from tests import factories
 
 CANCELLED = Failure(ErrorCode.CANCELLED, "")

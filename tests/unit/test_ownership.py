@@ -13,7 +13,7 @@ from gpt_worker.ownership import (
     DataDirLock,
     InUse,
     Ownership,
-    check_database_file,
+    check_database,
     is_still_owner,
 )
 
@@ -191,7 +191,7 @@ def test_path_that_is_no_database_is_refused_by_the_name_of_its_setting(tmp_path
     settings = settings_for(tmp_path / "data", DATABASE_URL=f"sqlite:///{path.format(tmp=tmp_path)}")
 
     with pytest.raises(SettingsError, match=r"^DATABASE_URL: the database .*/"):
-        check_database_file(settings)
+        check_database(settings.database)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"SQLite format 3\0 and more"])
@@ -199,4 +199,4 @@ def test_database_may_be_missing_or_empty_or_begun(tmp_path: Path, content: byte
     if content is not None:
         (tmp_path / "gpt-worker.sqlite3").write_bytes(content)
 
-    check_database_file(settings_for(tmp_path))
+    check_database(settings_for(tmp_path).database)

@@ -16,8 +16,8 @@ from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 from gpt_worker import errors
 from gpt_worker.api import access, problems
 from gpt_worker.api.schemas import Body
-from gpt_worker.db import DatabaseUnusable
 from gpt_worker.errors import FieldError
+from gpt_worker.write_gate import DatabaseUnusable
 from tests.unit.small_app import SmallApp
 
 MEMBERS = ["type", "title", "status", "detail", "request_id"]

@@ -90,7 +90,7 @@ def end_job(database: Database, tasks: int = 2) -> JobRow:
     now = utc_now()
     with database.write() as session:
         outcomes = [factories.outcome(job_id=job.id, position=number) for number in range(tasks)]
-        task_store.record_answers(session, outcomes)
+        task_store.record_answers(session, job.id, outcomes)
         job_store.add_progress(session, job.id, job_store.JobProgress(answered=tasks))
         ended = job_store.end_if_done(session, job.id, now)
         assert ended is not None

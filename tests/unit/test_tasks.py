@@ -10,7 +10,7 @@ from gpt_worker.db import Database
 from gpt_worker.domain import ErrorCode, Failure, NewTask, Prompt, TaskState
 from gpt_worker.models import JobRow, TaskRow
 from gpt_worker.store import tasks as task_store
-from gpt_worker.store.tasks import ROWS_A_STATEMENT
+from gpt_worker.store.bulk import ROWS
 from tests import factories
 
 INTERRUPTED = Failure(ErrorCode.INTERRUPTED, "the service itself failed")
@@ -51,7 +51,7 @@ def test_task_fails_at_its_last_crash_and_not_before(database: Database) -> None
     job = factories.store_job(database=database, tasks=2)
     with database.write() as session:
         task_store.record_attempts(
-            session, [factories.outcome(job_id=job.id, position=1, decision=None, attempts=3)]
+            session, job.id, [factories.outcome(job_id=job.id, position=1, decision=None, attempts=3)]
         )
 
     failed = [crash(database, job, 0, 1) for _ in range(4)] + [crash(database, job, 1)]
@@ -66,7 +66,7 @@ def test_task_fails_at_its_last_crash_and_not_before(database: Database) -> None
 def test_crash_does_not_count_for_a_task_that_is_decided(database: Database) -> None:
     job = factories.store_job(database=database, tasks=2)
     with database.write() as session:
-        task_store.record_answers(session, [factories.outcome(job_id=job.id)])
+        task_store.record_answers(session, job.id, [factories.outcome(job_id=job.id)])
 
     failed = crash(database, job, 0, 1, limit=1)
 
@@ -78,7 +78,9 @@ def test_crash_does_not_count_for_a_task_that_is_decided(database: Database) -> 
 def test_charged_tries_are_no_crashes(database: Database) -> None:
     job = factories.store_job(database=database)
     with database.write() as session:
-        task_store.record_attempts(session, [factories.outcome(job_id=job.id, decision=None, attempts=4)])
+        task_store.record_attempts(
+            session, job.id, [factories.outcome(job_id=job.id, decision=None, attempts=4)]
+        )
 
     assert crash(database, job, 0) == 0
 
@@ -108,9 +110,7 @@ def test_tasks_of_every_form_come_back_as_they_were(database: Database) -> None:
         [{"role": "user", "content": "Привіт"}],
         {"lang": "fr", "n": 1.5},
     ]
-    tasks = [
-        NewTask(f"t{place}", forms[place % len(forms)], place) for place in range(2 * ROWS_A_STATEMENT + 7)
-    ]
+    tasks = [NewTask(f"t{place}", forms[place % len(forms)], place) for place in range(2 * ROWS + 7)]
     job = factories.store_job(database=database, tasks=1)
 
     with database.write() as session:

@@ -3,7 +3,7 @@
 import sqlalchemy as sa
 from alembic import op
 
-from gpt_worker.models import JsonText, LongText, UtcDateTime
+from gpt_worker.models import TABLE_OPTIONS, JsonText, LongText, ShortText, UtcDateTime
 
 revision = "0001"
 down_revision = None
@@ -14,13 +14,13 @@ depends_on = None
 def upgrade() -> None:
     op.create_table(
         "deliveries",
-        sa.Column("id", sa.String(length=40), nullable=False),
-        sa.Column("job_id", sa.String(length=32), nullable=True),
-        sa.Column("owner_id", sa.String(length=32), nullable=True),
+        sa.Column("id", ShortText(40), nullable=False),
+        sa.Column("job_id", ShortText(32), nullable=True),
+        sa.Column("owner_id", ShortText(32), nullable=True),
         sa.Column("run", sa.Integer(), nullable=False),
-        sa.Column("type", sa.String(length=50), nullable=False),
-        sa.Column("url", sa.String(length=2000), nullable=False),
-        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("type", ShortText(50), nullable=False),
+        sa.Column("url", ShortText(2000), nullable=False),
+        sa.Column("status", ShortText(16), nullable=False),
         sa.Column("body", LongText, nullable=True),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("tries_left", sa.Integer(), nullable=False),
@@ -28,6 +28,7 @@ def upgrade() -> None:
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("finished_at", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("id"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("deliveries", schema=None) as batch_op:
         batch_op.create_index("ix_deliveries_due", ["status", "next_attempt_at"], unique=False)
@@ -36,23 +37,25 @@ def upgrade() -> None:
 
     op.create_table(
         "idempotency_keys",
-        sa.Column("user_key", sa.String(length=32), nullable=False),
-        sa.Column("key_hash", sa.String(length=64), nullable=False),
-        sa.Column("request_hash", sa.String(length=64), nullable=False),
-        sa.Column("job_id", sa.String(length=32), nullable=True),
+        sa.Column("user_key", ShortText(32), nullable=False),
+        sa.Column("key_hash", ShortText(64), nullable=False),
+        sa.Column("request_hash", ShortText(64), nullable=False),
+        sa.Column("job_id", ShortText(32), nullable=True),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("user_key", "key_hash"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("idempotency_keys", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_idempotency_keys_created_at"), ["created_at"], unique=False)
 
     op.create_table(
         "login_failures",
-        sa.Column("email_hash", sa.String(length=64), nullable=False),
+        sa.Column("email_hash", ShortText(64), nullable=False),
         sa.Column("failures", sa.Integer(), nullable=False),
         sa.Column("last_failed_at", UtcDateTime(), nullable=False),
         sa.Column("locked_until", UtcDateTime(), nullable=True),
         sa.PrimaryKeyConstraint("email_hash"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("login_failures", schema=None) as batch_op:
         batch_op.create_index(
@@ -61,40 +64,43 @@ def upgrade() -> None:
 
     op.create_table(
         "modes",
-        sa.Column("name", sa.String(length=50), nullable=False),
-        sa.Column("value", sa.String(length=200), nullable=False),
+        sa.Column("name", ShortText(50), nullable=False),
+        sa.Column("value", ShortText(200), nullable=False),
         sa.PrimaryKeyConstraint("name"),
+        **TABLE_OPTIONS,
     )
     op.create_table(
         "users",
-        sa.Column("id", sa.String(length=32), nullable=False),
-        sa.Column("email", sa.String(length=254), nullable=False),
-        sa.Column("password_hash", sa.String(length=255), nullable=False),
-        sa.Column("role", sa.String(length=16), nullable=False),
+        sa.Column("id", ShortText(32), nullable=False),
+        sa.Column("email", ShortText(254), nullable=False),
+        sa.Column("password_hash", ShortText(255), nullable=False),
+        sa.Column("role", ShortText(16), nullable=False),
         sa.Column("disabled", sa.Boolean(), nullable=False),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("id"),
         sa.UniqueConstraint("email"),
+        **TABLE_OPTIONS,
     )
     op.create_table(
         "delivery_attempts",
-        sa.Column("delivery_id", sa.String(length=40), nullable=False),
+        sa.Column("delivery_id", ShortText(40), nullable=False),
         sa.Column("number", sa.Integer(), autoincrement=False, nullable=False),
         sa.Column("sent_at", UtcDateTime(), nullable=False),
         sa.Column("took_s", sa.Double(), nullable=False),
         sa.Column("status_code", sa.Integer(), nullable=True),
-        sa.Column("error", sa.String(length=500), nullable=True),
+        sa.Column("error", ShortText(500), nullable=True),
         sa.ForeignKeyConstraint(["delivery_id"], ["deliveries.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("delivery_id", "number"),
+        **TABLE_OPTIONS,
     )
     op.create_table(
         "jobs",
-        sa.Column("id", sa.String(length=32), nullable=False),
-        sa.Column("owner_id", sa.String(length=32), nullable=True),
-        sa.Column("status", sa.String(length=16), nullable=False),
+        sa.Column("id", ShortText(32), nullable=False),
+        sa.Column("owner_id", ShortText(32), nullable=True),
+        sa.Column("status", ShortText(16), nullable=False),
         sa.Column("run", sa.Integer(), nullable=False),
-        sa.Column("model", sa.String(length=200), nullable=False),
-        sa.Column("delivery", sa.String(length=16), nullable=False),
+        sa.Column("model", ShortText(200), nullable=False),
+        sa.Column("delivery", ShortText(16), nullable=False),
         sa.Column("settings", JsonText(), nullable=False),
         sa.Column("meta", JsonText(), nullable=False),
         sa.Column("priority", sa.Integer(), nullable=False),
@@ -111,6 +117,7 @@ def upgrade() -> None:
         sa.Column("deadline_at", UtcDateTime(), nullable=False),
         sa.ForeignKeyConstraint(["owner_id"], ["users.id"], ondelete="SET NULL"),
         sa.PrimaryKeyConstraint("id"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_jobs_finished_at"), ["finished_at"], unique=False)
@@ -119,13 +126,14 @@ def upgrade() -> None:
 
     op.create_table(
         "tokens",
-        sa.Column("id", sa.String(length=32), nullable=False),
-        sa.Column("user_id", sa.String(length=32), nullable=False),
-        sa.Column("name", sa.String(length=200), nullable=True),
+        sa.Column("id", ShortText(32), nullable=False),
+        sa.Column("user_id", ShortText(32), nullable=False),
+        sa.Column("name", ShortText(200), nullable=True),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("expires_at", UtcDateTime(), nullable=True),
         sa.ForeignKeyConstraint(["user_id"], ["users.id"], ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id"),
+        **TABLE_OPTIONS,
     )
     with op.batch_alter_table("tokens", schema=None) as batch_op:
         batch_op.create_index(batch_op.f("ix_tokens_expires_at"), ["expires_at"], unique=False)
@@ -133,22 +141,23 @@ def upgrade() -> None:
 
     op.create_table(
         "tasks",
-        sa.Column("job_id", sa.String(length=32), nullable=False),
+        sa.Column("job_id", ShortText(32), nullable=False),
         sa.Column("position", sa.Integer(), autoincrement=False, nullable=False),
-        sa.Column("id", sa.String(length=200), nullable=False),
+        sa.Column("id", ShortText(200), nullable=False),
         sa.Column("prompt", LongText, nullable=False),
         sa.Column("tokens", sa.Integer(), nullable=False),
         sa.Column("state", sa.SmallInteger(), nullable=False),
         sa.Column("attempts", sa.Integer(), nullable=False),
         sa.Column("answer", LongText, nullable=True),
-        sa.Column("finish_reason", sa.String(length=50), nullable=True),
-        sa.Column("error_code", sa.String(length=50), nullable=True),
-        sa.Column("error_message", sa.String(length=1000), nullable=True),
+        sa.Column("finish_reason", ShortText(50), nullable=True),
+        sa.Column("error_code", ShortText(50), nullable=True),
+        sa.Column("error_message", ShortText(1000), nullable=True),
         sa.ForeignKeyConstraint(
             ["job_id"],
             ["jobs.id"],
         ),
         sa.PrimaryKeyConstraint("job_id", "position"),
+        **TABLE_OPTIONS,
     )
 
 
