@@ -1,7 +1,7 @@
 """Databases on servers: how their connections are set up, waiting for one that is not up yet, and what can go wrong.
 
 Reading transactions see one state of the database, as they do on SQLite; writing ones see what is committed. A
-connection is tried before it is used, for a server that was restarted, and lost ones are noticed within a minute.
+connection is tried before it is used, for a server that was restarted, and lost ones are noticed within half a minute.
 """
 
 import logging
@@ -20,7 +20,7 @@ from gpt_worker.errors import StartGivenUp
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5
-STATEMENT_TIMEOUT_S = 60  # none of ours takes that long, but those of a migration, which has no limit
+STATEMENT_TIMEOUT_S = 30  # none of ours takes that long, but those of a migration, which has no limit
 LOCK_TIMEOUT_S = 10  # our own writers wait at the gate
 UNUSED_S = 1_800  # after which a firewall or the server may have forgotten a connection
 START_WAIT_S = 45.0
@@ -153,10 +153,10 @@ class Server:
                     "application_name": "gpt-worker",
                     "client_encoding": "utf8",
                     "keepalives": 1,
-                    "keepalives_idle": 30,
-                    "keepalives_interval": 10,
+                    "keepalives_idle": 10,
+                    "keepalives_interval": 5,
                     "keepalives_count": 3,
-                    "tcp_user_timeout": 60_000,
+                    "tcp_user_timeout": 25_000,
                 }
             case "mysql":
                 # Set once a connection: each change costs journeys. What is updated is always the latest committed.
