@@ -103,3 +103,28 @@ def test_what_the_address_says_of_a_connection_goes_first() -> None:
 
     assert plain.engine_options["connect_args"]["connect_timeout"] == 5
     assert "connect_timeout" not in own.engine_options["connect_args"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_taken"),
+    [
+        ("a" * 999, True),
+        ("a" * 1000, False),
+        ("'" * 499, True),
+        ("'" * 500, False),
+        ("é" * 499, True),
+        ("é" * 500, False),
+        ("🙂" * 250, False),
+        ("a\n" * 333, True),
+        ("a\n" * 334, False),
+    ],
+)
+def test_text_that_no_packet_of_mysql_holds_is_known_before_it_is_sent(text: str, *, is_taken: bool) -> None:
+    server = Server(make_url("mysql+pymysql://me@db/jobs"))
+    server.packet_bytes = 1000
+
+    assert server.takes(text) is is_taken
+
+
+def test_other_servers_take_texts_of_any_size() -> None:
+    assert Server(make_url("postgresql+psycopg://me@db/jobs")).takes("a" * 1_000_000)
