@@ -24,9 +24,14 @@ Databases = Callable[[], AbstractContextManager[Env]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What is marked `every_database` runs on SQLite as ever, and once more on each server as one of `services`."""
-    if "databases" in metafunc.fixturenames and metafunc.definition.get_closest_marker("every_database"):
-        on_servers = [pytest.param(name, marks=pytest.mark.services) for name in SERVERS]
+    """What is marked `every_database` runs on SQLite as ever, and once more on each server as one of `services`.
+
+    What is slow is not: it would be among the slow tests, which need no server.
+    """
+    marked = metafunc.definition.get_closest_marker
+    if "databases" in metafunc.fixturenames and marked("every_database"):
+        names = [] if marked("slow") else SERVERS
+        on_servers = [pytest.param(name, marks=pytest.mark.services) for name in names]
         metafunc.parametrize("databases", ["sqlite", *on_servers], indirect=True, scope="module")
 
 
