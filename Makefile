@@ -39,7 +39,7 @@ test: venv
 
 test-services: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev $(BIN)/gpt-worker env $(TESTED:%=$(VENV)/.installed-extra-%) emulators
-	@$(BIN)/python -m pytest -m services $(ARGS)
+	@$(BIN)/python -m pytest -n 4 --dist loadfile -m services $(ARGS)
 
 check: venv
 	@$(MAKE) --no-print-directory --silent $(VENV)/.installed-dev

@@ -212,6 +212,10 @@ class Database:
                 break
         return session
 
+    def takes(self, value: str) -> bool:
+        """Whether a text is not too large to be stored, which some servers know limits for."""
+        return self._home.takes(value)
+
     @property
     def trouble(self) -> str | None:
         """What is wrong with the database, for people; None if nothing is known to be."""

@@ -1,7 +1,7 @@
 """Databases on servers: how their connections are set up, waiting for one that is not up yet, and what can go wrong.
 
 Reading transactions see one state of the database, as they do on SQLite; writing ones see what is committed. A
-connection is tried before it is used, for a server that was restarted, and lost ones are noticed within a minute.
+connection is tried before it is used, for a server that was restarted, and lost ones are noticed within half a minute.
 """
 
 import logging
@@ -15,17 +15,20 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from config import SettingsError
-from gpt_worker.errors import StartGivenUp
+from gpt_worker.errors import StartGivenUp, TooLarge
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 5
-STATEMENT_TIMEOUT_S = 60  # none of ours takes that long, but those of a migration, which has no limit
+STATEMENT_TIMEOUT_S = 30  # none of ours takes that long, but those of a migration, which has no limit
 LOCK_TIMEOUT_S = 10  # our own writers wait at the gate
 UNUSED_S = 1_800  # after which a firewall or the server may have forgotten a connection
 START_WAIT_S = 45.0
 LOOK_EVERY_S = 0.5
 TABLES_LOCK = 7_421_095_310  # any number that no other program uses
+LEAST_PACKET_BYTES = 1 << 20
+PACKET_ROOM_BYTES = 64 << 10  # for the rest of a statement
+WIDEST = 8  # bytes of a character, doubled or not
 LOST, FULL, BUSY, REFUSED = "no connection", "disk full", "busy", "refused"
 
 # What has happened, by SQLSTATE or the beginning of one (PostgreSQL, appendix A), and what of it people are told.
@@ -105,6 +108,11 @@ def what_happened(error: DBAPIError) -> tuple[str, str] | None:
     return found
 
 
+def _sql_bytes(value: str) -> int:
+    """Of a text as it goes to MySQL, where some characters are doubled."""
+    return len(value.encode("utf-8", "replace")) + sum(map(value.count, "\\'\"\n\r\0\x1a"))
+
+
 def _by_beginning(known: Mapping[str, tuple[str, str]], code: str) -> tuple[str, str] | None:
     return next((known[code[:length]] for length in (5, 3, 2) if code[:length] in known), None)
 
@@ -153,10 +161,10 @@ class Server:
                     "application_name": "gpt-worker",
                     "client_encoding": "utf8",
                     "keepalives": 1,
-                    "keepalives_idle": 30,
-                    "keepalives_interval": 10,
+                    "keepalives_idle": 10,
+                    "keepalives_interval": 5,
                     "keepalives_count": 3,
-                    "tcp_user_timeout": 60_000,
+                    "tcp_user_timeout": 25_000,
                 }
             case "mysql":
                 # Set once a connection: each change costs journeys. What is updated is always the latest committed.
@@ -168,6 +176,7 @@ class Server:
                     f"innodb_lock_wait_timeout = {LOCK_TIMEOUT_S}",
                 }
 
+        self.packet_bytes: int | None = None  # the most that MySQL takes and gives at once
         ours = self.engine_options.get("connect_args", {})
         for name in ours.keys() & url.query.keys():  # what the address says goes first
             del ours[name]
@@ -195,6 +204,27 @@ class Server:
                 )
                 connection.autocommit = False
 
+        if self._dialect == "mysql":
+            event.listen(engine, "before_cursor_execute", self._check_size)
+
+    def takes(self, value: str) -> bool:
+        """Whether a text can be stored."""
+        limit_bytes = self.packet_bytes
+        return limit_bytes is None or len(value) * WIDEST < limit_bytes or _sql_bytes(value) < limit_bytes
+
+    def _check_size(
+        self, _connection: object, _cursor: object, _statement: str, given: Any, _context: object, many: bool
+    ) -> None:
+        """Raise TooLarge for what the server would answer by ending the connection."""
+        for values in given if many else (given,):
+            given_values = values.values() if isinstance(values, Mapping) else values
+            texts = [value for value in given_values if isinstance(value, str)]
+            if not self.takes("".join(texts)):
+                raise TooLarge(
+                    "A text is larger than the database takes: "
+                    f"its server's max_allowed_packet is {self.packet_bytes} bytes."
+                )
+
     def await_up(self, engine: Engine, is_wanted: Callable[[], bool]) -> None:
         """Return when the server answers, which it is given some time for.
 
@@ -203,7 +233,8 @@ class Server:
         wait_until_s, told = time.monotonic() + START_WAIT_S, False
         while True:
             try:
-                with engine.connect():
+                with engine.connect() as connection:
+                    self._learn_limits(connection)
                     return
             except DBAPIError as error:
                 kind, words = what_happened(error) or (REFUSED, _one_line(str(error.orig)))
@@ -217,6 +248,17 @@ class Server:
                 if not is_wanted():
                     raise StartGivenUp
                 time.sleep(0.05)
+
+    def _learn_limits(self, connection: Connection) -> None:
+        if self._dialect != "mysql":
+            return
+        found = connection.exec_driver_sql("SELECT @@max_allowed_packet").scalar_one()
+        if found < LEAST_PACKET_BYTES:
+            raise SettingsError(
+                f"{self} can't be used: its server's max_allowed_packet is {found} bytes: "
+                f"make it {LEAST_PACKET_BYTES} or more"
+            )
+        self.packet_bytes = found - PACKET_ROOM_BYTES
 
     def prepare(self) -> None:
         """Nothing is made here: the database itself is the operator's."""

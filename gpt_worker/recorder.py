@@ -10,13 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from sqlalchemy.orm import Session
 
 from gpt_worker.db import Database, trouble_of
-from gpt_worker.domain import Answer, DeliveryMode, Failure, Outcome, utc_now
+from gpt_worker.domain import Answer, DeliveryMode, ErrorCode, Failure, Outcome, utc_now
 from gpt_worker.models import JobRow
 from gpt_worker.store import deliveries as delivery_store
 from gpt_worker.store import jobs as job_store
@@ -31,6 +31,7 @@ MAX_INBOX_BYTES = 32 << 20
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 5.0
 COMMIT_GAP_S = 0.025  # a commit costs as much as several calls: on a fast endpoint, groups are let grow
+UNSTORABLE = Failure(ErrorCode.BAD_RESPONSE, "the answer is larger than the database takes")
 
 
 @dataclass(slots=True)
@@ -207,7 +208,7 @@ class Recorder:
         now = utc_now()
         by_job: dict[str, list[Outcome]] = {}
         for outcome in group.outcomes:
-            by_job.setdefault(outcome.job_id, []).append(outcome)
+            by_job.setdefault(outcome.job_id, []).append(self._storable(outcome))
         with self._database.write(urgent=True) as session:
             for job_id in group.started:
                 job_store.start(session, job_id, now)
@@ -224,6 +225,12 @@ class Recorder:
                     progress.add_call(outcome.calls, outcome.usage)
                 job_store.add_progress(session, job_id, progress)
             return self._end_jobs(session, by_job, now)
+
+    def _storable(self, outcome: Outcome) -> Outcome:
+        """The outcome, or that its answer is too large for the database."""
+        if isinstance(outcome.decision, Answer) and not self._database.takes(outcome.decision.text):
+            return replace(outcome, decision=UNSTORABLE)
+        return outcome
 
     def _commit_slice(self, closing: _Closing) -> list[JobRow]:
         if closing.after is None:

@@ -117,6 +117,7 @@ class Link:
                         self._carry_out(cut, client, server, data)
                         break
                 server.sendall(data)
+        self._flows.wait()
         self._forget((client, server))
 
     def _tell_client(self, client: socket.socket, server: socket.socket) -> None:
@@ -128,6 +129,7 @@ class Link:
                 client.sendall(data)
         if withheld := self._withheld.pop((client, server), None):
             withheld.set()
+        self._flows.wait()
         self._forget((client, server))
 
     def _cut_for(self, said: bytes) -> Cut | None:

@@ -172,6 +172,14 @@ class Server(ABC):
             self.cut(connection)
         return len(found)
 
+    @abstractmethod
+    def refuse_writes(self) -> None:
+        """From now on all databases are read-only."""
+
+    @abstractmethod
+    def take_writes(self) -> None:
+        """As ever."""
+
     _home: ClassVar[str]
 
     @abstractmethod
@@ -264,6 +272,14 @@ class PostgreSql(Server):
     def cut(self, connection: int) -> None:
         self.ask("SELECT pg_terminate_backend(:pid)", pid=connection)
 
+    def refuse_writes(self) -> None:
+        self.ask(f"ALTER ROLE {self.quote(USER)} SET default_transaction_read_only = on")
+        self.cut_all()  # a connection keeps what it began with
+
+    def take_writes(self) -> None:
+        self.ask(f"ALTER ROLE {self.quote(USER)} RESET default_transaction_read_only")
+        self.cut_all()
+
 
 class MariaDb(Server):
     name = "mysql"
@@ -329,6 +345,12 @@ class MariaDb(Server):
         except DBAPIError as error:
             if "Unknown thread id" not in str(error):
                 raise
+
+    def refuse_writes(self) -> None:
+        self.ask("SET GLOBAL read_only = ON")
+
+    def take_writes(self) -> None:
+        self.ask("SET GLOBAL read_only = OFF")
 
     @property
     def _account(self) -> str:

@@ -25,6 +25,9 @@ class Stand(Service):
     def begin(self) -> None:
         """Start, finish a job, and be at work on another."""
         self.start()
+        self.begin_work()
+
+    def begin_work(self) -> None:
         self.earlier = self.submit({"early": "hello"}).json()
         self.job_id = self.submit(self.data, prefer="respond-async").json()["id"]
         self.upstream.wait_for_calls(40)
@@ -56,6 +59,23 @@ class Stand(Service):
         assert job["usage"]["requests"] == len(self.data)
         assert self.job(self.earlier["id"]) == self.earlier
         assert asked_otherwise(self.upstream, self.data.values()) == {}
+
+    def assert_ends_well(self) -> None:
+        """It stops as asked, and has said what happened without a traceback."""
+        assert self.terminate() == 0
+        assert "Traceback" not in self.stderr()
+
+    def wait_until_nothing_is_sent(self) -> None:
+        """What was on its way when the trouble came has landed, and no more follows."""
+        last = -1
+
+        def is_still() -> bool:
+            nonlocal last
+            self.upstream.wait_until_idle()
+            before, last = last, len(self.upstream.calls())
+            return before == last
+
+        self.wait_until(is_still)
 
     def terminate(self, timeout_s: float = 40.0) -> int:
         self._close_session()  # for an open connection it waits two seconds

@@ -13,7 +13,7 @@ from gpt_worker.models import TaskRow
 
 TASKS = cast(Table, TaskRow.__table__)
 ROWS = 250  # a statement
-CHARACTERS = 250_000  # a statement: 1 MB at most, unless one text alone is larger
+CHARACTERS = 100_000  # a statement: 1 MiB at most, as MySQL has them, unless one text alone is larger
 NEW = (
     "position",
     "id",

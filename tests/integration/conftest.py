@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 
 from tests.canaries import Watch
+from tests.link import Link
 from tests.receiver import Receiver
 from tests.servers import SERVERS, Server
 from tests.service import Env, Service
+from tests.stand import KEYS, Stand
 from tests.upstream import KeyRules, Upstream
 
 Databases = Callable[[], AbstractContextManager[Env]]
@@ -22,9 +24,14 @@ Databases = Callable[[], AbstractContextManager[Env]]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """What is marked `every_database` runs on SQLite as ever, and once more on each server as one of `services`."""
-    if "databases" in metafunc.fixturenames and metafunc.definition.get_closest_marker("every_database"):
-        on_servers = [pytest.param(name, marks=pytest.mark.services) for name in SERVERS]
+    """What is marked `every_database` runs on SQLite as ever, and once more on each server as one of `services`.
+
+    What is slow is not: it would be among the slow tests, which need no server.
+    """
+    marked = metafunc.definition.get_closest_marker
+    if "databases" in metafunc.fixturenames and marked("every_database"):
+        names = [] if marked("slow") else SERVERS
+        on_servers = [pytest.param(name, marks=pytest.mark.services) for name in names]
         metafunc.parametrize("databases", ["sqlite", *on_servers], indirect=True, scope="module")
 
 
@@ -120,3 +127,47 @@ def start(tmp_path: Path, databases: Databases) -> Iterator[Callable[..., tuple[
 def receiver() -> Iterator[Receiver]:
     with Receiver() as receiver:
         yield receiver
+
+
+# Services on database servers that are about to be troubled
+
+
+@pytest.fixture(scope="module", params=list(SERVERS))
+def server(request: pytest.FixtureRequest, servers: Callable[[str], Server]) -> Server:
+    return servers(request.param)
+
+
+@pytest.fixture
+def database(server: Server) -> Iterator[Env]:
+    """The settings of a service that has a fresh database on the server, which runs again after the test."""
+    with server.database() as env:
+        yield env
+        if not server.runs:
+            server.start()
+
+
+@pytest.fixture
+def stand_upstream() -> Iterator[Upstream]:
+    with Upstream(KEYS) as upstream:
+        yield upstream
+
+
+@pytest.fixture
+def stand(tmp_path: Path, database: Env, stand_upstream: Upstream) -> Iterator[Stand]:
+    """A service on that database, which is not started yet."""
+    stand = Stand(tmp_path, stand_upstream, database)
+    yield stand
+    stand.kill()
+
+
+@pytest.fixture
+def link(server: Server) -> Iterator[Link]:
+    with Link(server.port) as link:
+        yield link
+
+
+@pytest.fixture
+def linked(stand: Stand, link: Link) -> Stand:
+    """The service, whose way to its server can be cut."""
+    stand.change_env({"DB_PORT": str(link.port)})
+    return stand

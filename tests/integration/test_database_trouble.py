@@ -78,7 +78,7 @@ class FileStand(Stand):
 
     def wait_until_nothing_is_sent(self) -> None:
         self.wait_until(lambda: "database" in (self._waiting() or {}).get("reason", ""), 20)
-        self.upstream.wait_until_idle()
+        super().wait_until_nothing_is_sent()
 
     def _waiting(self) -> dict[str, Any] | None:
         waiting: dict[str, Any] | None = self.job(self.job_id, results=False)["waiting"]

@@ -456,6 +456,93 @@ def test_settings_of_a_database_server_mean_nothing_to_sqlite(env: dict[str, str
     assert read({**env, **old}, tmp_path) == read(env, tmp_path)
 
 
+SERVER = {"DB_HOST": "db.example.org", "DB_USER": "me", "DB_PASSWORD": f" {SECRET}@/", "DB_DATABASE": "jobs"}
+
+
+@pytest.mark.parametrize(
+    ("connection", "extra", "driver", "port"),
+    [
+        ("pgsql", "pgsql", "postgresql+psycopg", 5432),
+        ("postgres", "pgsql", "postgresql+psycopg", 5432),
+        ("mysql", "mysql", "mysql+pymysql", 3306),
+        ("mssql", "mssql", "mssql+mssqlpython", 1433),
+    ],
+)
+def test_database_server_is_known_by_its_settings(
+    env: dict[str, str], tmp_path: Path, connection: str, extra: str, driver: str, port: int
+) -> None:
+    settings = read({**env, "DB_CONNECTION": connection, **SERVER}, tmp_path)
+
+    url = make_url(settings.database.url)
+    assert (url.drivername, url.host, url.port) == (driver, "db.example.org", port)
+    assert (url.username, url.password, url.database) == ("me", SERVER["DB_PASSWORD"], "jobs")
+    assert settings.database.where == f"jobs on db.example.org:{port}"
+    assert settings.extras == (extra,)
+    assert SECRET not in repr(settings)
+
+
+def test_oracle_s_database_is_a_service(env: dict[str, str], tmp_path: Path) -> None:
+    settings = read({**env, "DB_CONNECTION": "oracle", **SERVER, "DB_PORT": "1599"}, tmp_path)
+
+    url = make_url(settings.database.url)
+    assert (url.database, url.query["service_name"], url.port) == (None, "jobs", 1599)
+
+
+@pytest.mark.parametrize(
+    ("given", "known"),
+    [
+        ("postgres://me@db/jobs?sslmode=require", "postgresql+psycopg://me@db/jobs?sslmode=require"),
+        ("postgresql+psycopg2://me:pw@db:5433/jobs", "postgresql+psycopg://me:pw@db:5433/jobs"),
+        ("pgsql://me@/jobs?host=/run/postgresql", "postgresql+psycopg://me@/jobs?host=%2Frun%2Fpostgresql"),
+        ("mariadb://me@db/jobs?ssl_ca=/ca.pem", "mysql+pymysql://me@db/jobs?ssl_ca=%2Fca.pem"),
+        ("mysql+mysqldb://me:p%40w@[::1]/jobs", "mysql+pymysql://me:p%40w@[::1]/jobs"),
+        ("mssql://me@db/jobs", "mssql+mssqlpython://me@db/jobs"),
+        ("oracle://me@db/?service_name=jobs", "oracle+oracledb://me@db/?service_name=jobs"),
+    ],
+)
+def test_address_of_a_database_server_is_read_for_our_driver(
+    env: dict[str, str], tmp_path: Path, given: str, known: str
+) -> None:
+    settings = read({**env, "DATABASE_URL": given, "DB_CONNECTION": "sqlite"}, tmp_path)
+
+    assert make_url(settings.database.url) == make_url(known)
+    assert settings.database.setting == "DATABASE_URL"
+
+
+@pytest.mark.parametrize("name", ["DB_HOST", "DB_USER", "DB_DATABASE"])
+def test_database_server_needs_all_of_its_settings(env: dict[str, str], tmp_path: Path, name: str) -> None:
+    message = refusal({**env, "DB_CONNECTION": "pgsql", **SERVER, name: ""}, tmp_path)
+
+    assert message.startswith(f"{name} is missing")
+    assert SECRET not in message
+
+
+@pytest.mark.parametrize(("name", "value"), [("DB_PORT", "0"), ("DB_PORT", "x"), ("DB_HOST", "db:5432/jobs")])
+def test_place_of_a_database_server_must_be_one(
+    env: dict[str, str], tmp_path: Path, name: str, value: str
+) -> None:
+    message = refusal({**env, "DB_CONNECTION": "pgsql", **SERVER, name: value}, tmp_path)
+
+    assert message.startswith(name)
+    assert SECRET not in message
+
+
+@pytest.mark.parametrize(
+    ("host", "is_refused"), [("127.0.0.1", False), ("[::1]", False), ("db.example.org", True)]
+)
+def test_tests_reach_no_database_outside(
+    env: dict[str, str], tmp_path: Path, host: str, *, is_refused: bool
+) -> None:
+    env |= {"NODE_ENV": "test", "DATABASE_URL": f"postgresql://me:{SECRET}@{host}/jobs"}
+
+    if is_refused:
+        message = refusal(env, tmp_path)
+        assert message.startswith("DATABASE_URL: NODE_ENV=test reaches nothing outside")
+        assert SECRET not in message
+    else:
+        assert read(env, tmp_path).database.connection == "pgsql"
+
+
 def test_other_settings_of_a_cloud_are_not_ours(env: dict[str, str], tmp_path: Path) -> None:
     assert read({**env, "AZURE_CONFIG_DIR": "/home/me/.azure"}, tmp_path) == read(env, tmp_path)
 

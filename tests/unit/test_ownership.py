@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from config import Settings, SettingsError
+from config import ServerKind, Settings, SettingsError
+from gpt_worker import ownership
 from gpt_worker.ownership import (
     DataDirLock,
     InUse,
@@ -200,3 +201,18 @@ def test_database_may_be_missing_or_empty_or_begun(tmp_path: Path, content: byte
         (tmp_path / "gpt-worker.sqlite3").write_bytes(content)
 
     check_database(settings_for(tmp_path).database)
+
+
+def test_driver_that_is_not_installed_is_named_with_the_way_to_install_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = ServerKind(frozenset(), "oracle+none", "no_such_driver", 1521)
+    monkeypatch.setattr(ownership, "DATABASE_SERVERS", {"oracle": kind})
+    settings = settings_for(tmp_path, DATABASE_URL="oracle://me@127.0.0.1/?service_name=jobs")
+
+    with pytest.raises(SettingsError) as refusal:
+        Ownership(settings).acquire(wait_s=0)
+
+    assert str(refusal.value).startswith("DATABASE_URL: the driver no_such_driver is not installed")
+    assert "requirements-oracle.txt" in str(refusal.value)
+    DataDirLock(tmp_path).acquire(wait_s=0)  # it was not kept

@@ -1,0 +1,149 @@
+"""PostgreSQL and MariaDB that stop, fall silent, cut their connections or refuse, under the real service.
+
+Nothing accepted is lost, nothing is asked twice in vain, and the service goes on by itself when its server can. The
+faults are real: the server is stopped or killed, its connections are ended, the network between falls silent.
+That ordinary work is the same on every database is told by the tests that are marked `every_database`.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.link import Link
+from tests.servers import Server, query
+from tests.stand import Stand, asked_otherwise, assert_refused
+from tests.upstream import Fault, FaultKind
+
+pytestmark = pytest.mark.services
+
+
+# A server that goes and comes back
+
+
+@pytest.mark.parametrize("end", [Server.stop, Server.crash])
+def test_job_outlives_its_database_server(
+    stand: Stand, server: Server, end: Callable[[Server], None]
+) -> None:
+    stand.begin()
+    token = stand.admin
+
+    end(server)
+
+    assert "database" in stand.wait_unready().lower()
+    stand.wait_until_nothing_is_sent()
+    asked = len(stand.upstream.calls())
+    for _ in range(2):
+        assert_refused(stand.submit(["more"], token=token))
+        assert_refused(stand.get("/jobs", token))
+        assert stand.get("/healthz").status_code == 200
+        assert stand.get("/metrics", token).status_code in (200, 503)
+    assert len(stand.upstream.calls()) == asked
+    server.start()
+    stand.assert_ends_as_if_nothing_had_been()
+    assert stand.submit(["more"]).json()["status"] == "succeeded"
+    stand.assert_ends_well()
+
+
+def test_service_that_stops_without_its_server_asks_again_only_what_it_could_not_store(
+    stand: Stand, server: Server
+) -> None:
+    stand.begin()
+    server.stop()
+    stand.wait_unready()
+    stand.wait_until_nothing_is_sent()
+
+    assert stand.terminate() == 0
+
+    server.start()
+    stored = {id_ for (id_,) in query(stand, "SELECT id FROM tasks WHERE state = 1")}
+    sent = {call.user_text for call in stand.upstream.calls()}
+    stand.start()
+    assert stand.wait_finished(stand.job_id, 60)["status"] == "succeeded"
+    asked = asked_otherwise(stand.upstream, stand.data.values())
+    assert asked == {text: 2 for id_, text in stand.data.items() if text in sent and id_ not in stored}
+    stand.assert_ends_well()
+
+
+def test_connections_that_are_ended_cost_nothing(stand: Stand, server: Server) -> None:
+    for key in stand.upstream.keys:
+        stand.upstream.set_key(key, latency_s=0.1)
+    stand.begin()
+    token = stand.admin
+
+    for _ in range(5):
+        stand.wait_until(lambda: server.cut_all() > 0)
+        before = len(stand.upstream.calls())
+        reply = stand.get(f"/jobs/{stand.job_id}", token)
+        assert reply.status_code in (200, 503), reply.text
+        stand.upstream.wait_for_calls(before + 10)
+
+    stand.assert_ends_as_if_nothing_had_been()
+    stand.assert_ends_well()
+
+
+def test_silent_network_is_outlived(linked: Stand, link: Link) -> None:
+    linked.begin()
+
+    link.silence()
+
+    assert linked.get("/healthz", timeout=10).status_code == 200
+    linked.wait_until_nothing_is_sent()
+    link.restore()
+    linked.assert_ends_as_if_nothing_had_been()
+    linked.assert_ends_well()
+
+
+# What a server refuses
+
+
+def test_server_that_takes_no_writes_for_a_while_costs_nothing(stand: Stand, server: Server) -> None:
+    stand.begin()
+
+    server.refuse_writes()
+
+    try:
+        assert "database" in stand.wait_unready()
+        stand.wait_until_nothing_is_sent()
+        asked = len(stand.upstream.calls())
+        assert_refused(stand.submit(["more"]))
+        assert stand.job(stand.earlier["id"]) == stand.earlier
+        assert len(stand.upstream.calls()) == asked
+    finally:
+        server.take_writes()
+    stand.assert_ends_as_if_nothing_had_been()
+    stand.assert_ends_well()
+
+
+def test_packet_that_is_too_small_for_an_answer_is_told_and_the_answer_kept(
+    stand: Stand, server: Server
+) -> None:
+    if server.name != "mysql":
+        pytest.skip("it has no such limit")
+    ((usual,),) = server.ask("SELECT @@GLOBAL.max_allowed_packet")
+    stand.upstream.add_fault(Fault(kind=FaultKind.HUGE_BODY, size_bytes=3 << 20))
+    server.ask("SET GLOBAL max_allowed_packet = 1048576")
+    try:
+        stand.start()
+        job_id = stand.submit(["large"], prefer="respond-async").json()["id"]
+        assert "database" in stand.wait_unready()
+    finally:
+        server.ask(f"SET GLOBAL max_allowed_packet = {usual}")
+
+    stand.wait_ready_again()
+    assert stand.wait_finished(job_id)["counts"]["answered"] == 1
+    assert len(stand.upstream.calls()) == 1
+    stand.assert_ends_well()
+
+
+def test_slice_larger_than_a_packet_is_stored_in_smaller_ones(stand: Stand, server: Server) -> None:
+    if server.name != "mysql":
+        pytest.skip("it has no such limit")
+    ((usual,),) = server.ask("SELECT @@GLOBAL.max_allowed_packet")
+    server.ask("SET GLOBAL max_allowed_packet = 1048576")
+    try:
+        stand.start()
+        job = stand.submit([f"{number} " + "x" * 2000 for number in range(2000)], {"priority": 1}).json()
+    finally:
+        server.ask(f"SET GLOBAL max_allowed_packet = {usual}")
+
+    assert job["counts"]["answered"] == 2000
