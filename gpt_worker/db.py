@@ -96,9 +96,9 @@ class Database:
             engine.execution_options(**self._home.write_options), expire_on_commit=False
         )
         self._gate = WriteGate(self._home.is_locked)
-        self.on_write: Callable[[Session], None] = lambda _session: (
-            None
-        )  # in each transaction, before all else
+        # In each writing transaction, before all else; and why this service may not write, if so.
+        self.on_write: Callable[[Session], None] = lambda _session: None
+        self.why_not_ours: Callable[[], str | None] = lambda: None
 
     @property
     def path(self) -> Path:
@@ -219,7 +219,12 @@ class Database:
     @property
     def trouble(self) -> str | None:
         """What is wrong with the database, for people; None if nothing is known to be."""
-        return self._home.trouble
+        return self.why_not_ours() or self._home.trouble
+
+    def check_ours(self) -> None:
+        """Raise DatabaseUnusable where another service may do the same: before something that can't be taken back."""
+        if reason := self.why_not_ours():
+            raise DatabaseUnusable(reason)
 
     def close(self) -> None:
         with self._app.app_context():

@@ -180,6 +180,10 @@ class Server:
         ours = self.engine_options.get("connect_args", {})
         for name in ours.keys() & url.query.keys():  # what the address says goes first
             del ours[name]
+        if self._dialect == "mysql" and url.query.get("ssl") in ("true", "1"):  # as other programs have it
+            ours["ssl"] = {
+                "ca": None
+            }  # TLS, and whoever answers is believed; ssl_ca=… in the address asks who it is
 
     def __str__(self) -> str:
         return f"the database {self._where}"
@@ -236,6 +240,12 @@ class Server:
                 with engine.connect() as connection:
                     self._learn_limits(connection)
                     return
+            except (
+                TypeError,
+                AttributeError,
+                ValueError,
+            ) as error:  # by an option that the driver does not know
+                raise SettingsError(f"{self} can't be used: {_one_line(str(error))}") from error
             except DBAPIError as error:
                 kind, words = what_happened(error) or (REFUSED, _one_line(str(error.orig)))
                 if kind == REFUSED or time.monotonic() > wait_until_s:

@@ -423,6 +423,7 @@ class Deliveries:
         _log(delivery, attempt, verdict)
 
     def _find(self, due: Due) -> DeliveryRow | None:
+        self._database.check_ours()
         with self._database.read() as session:
             delivery = store.get_delivery(session, due.id)
         return delivery if delivery is not None and delivery.next_attempt_at == due.due_at else None

@@ -94,6 +94,7 @@ class Owner:
             if other is None:
                 self._held = True
                 self._database.on_write = self._check
+                self._database.why_not_ours = lambda: self.trouble
                 return
             if seen is None:
                 log.info("the database is another's: waiting for its end", extra={"action": "owner_wait"})

@@ -55,6 +55,7 @@ def _one(tasks: int, env: Mapping[str, str]) -> dict[str, Any]:
                 service.wait_finished(job_id, RUN_TIMEOUT_S)
                 end_s = time.monotonic()
                 right = check_results(service, job_id)
+                service.terminate()  # a killed one would own the database for a while
         except (ServiceExited, TimeoutError) as error:
             return {"failure": str(error).strip().splitlines()[-1][:200]}
     return {

@@ -89,8 +89,6 @@ def _not_ready() -> str | None:
         return "The service is shutting down."
     if not parts.ready:
         return "The service is starting."
-    if parts.owner is not None and parts.owner.trouble is not None:
-        return parts.owner.trouble
     try:
         with parts.database.read() as session:
             session.execute(text("SELECT name FROM modes"))  # SQLite reads no page for less

@@ -105,6 +105,12 @@ def test_what_the_address_says_of_a_connection_goes_first() -> None:
     assert "connect_timeout" not in own.engine_options["connect_args"]
 
 
+def test_tls_is_asked_for_as_other_programs_do() -> None:
+    server = Server(make_url("mysql+pymysql://me@db/jobs?ssl=true"))
+
+    assert server.engine_options["connect_args"]["ssl"] == {"ca": None}
+
+
 @pytest.mark.parametrize(
     ("text", "is_taken"),
     [

@@ -127,7 +127,7 @@ def test_waiting_ends_at_once_when_it_is_not_wanted(database: Database, tmp_path
 
 def test_nothing_is_written_by_a_service_that_has_lost_the_row(database: Database, tmp_path: Path) -> None:
     first = owned(database, tmp_path, host="one")
-    check_of_first, doubts = database.on_write, []
+    check_of_first, why_not_first, doubts = database.on_write, database.why_not_ours, []
     first.on_doubt = lambda: doubts.append(True)
     expire(database)
     second = owned(database, tmp_path, host="two")
@@ -137,7 +137,10 @@ def test_nothing_is_written_by_a_service_that_has_lost_the_row(database: Databas
         with pytest.raises(DatabaseUnusable), database.write():
             pytest.fail("the transaction of the first goes on")
 
-    assert first.trouble == LOST
+    database.why_not_ours = why_not_first
+    with pytest.raises(DatabaseUnusable):  # its webhooks, for one, are the second's to send
+        database.check_ours()
+    assert database.trouble == first.trouble == LOST
     assert doubts == [True]
     assert second.trouble is None
 
