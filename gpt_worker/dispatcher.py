@@ -128,15 +128,15 @@ class Dispatcher:
             if self._queue.is_near(run):  # else the feeder, which looks at every user, would look in vain
                 self._feeder.notify()
 
-    def close(self, job_id: str, failure: Failure) -> threading.Event:
-        """Send nothing more of a job: what was not sent fails with `failure`, calls in flight still land.
+    def close(self, job_id: str, run: int, failure: Failure) -> threading.Event:
+        """Send nothing more of a job's run: what was not sent fails with `failure`, calls in flight still land.
 
         The event is set when those failures are stored.
         """
         with self._lock:
             job = self._queue.get(job_id)
-            spare = self._start_closing(job, failure) if job else frozenset()
-        return self._recorder.close_job(job_id, failure, spare)
+            spare = self._start_closing(job, failure) if job and job.run == run else frozenset()
+        return self._recorder.close_job(job_id, run, failure, spare)
 
     def forget(self, job_id: str, run: int) -> None:
         """This run of the job has ended, or the job is gone."""
@@ -440,23 +440,24 @@ class Dispatcher:
         """Close a job that can't, or mustn't, go on."""
         if job.closing is not None:
             return
-        with self._lock:
-            failure = standing.early_end(job, self.lanes, self._now_s())
-        if failure is None:
-            return
+        with self._lock:  # of several threads that see it, one does it
+            failure = standing.early_end(job, self.lanes, self._now_s()) if job.closing is None else None
+            if failure is None:
+                return
+            spare = self._start_closing(job, failure)
         log.warning("a job ends early: %s", failure.code, extra={"action": "close_job", "job_id": job.id})
-        self.close(job.id, failure)
+        self._recorder.close_job(job.id, job.run, failure, spare)
         if failure.code is ErrorCode.MODEL_UNAVAILABLE:
             with self._lock:
                 alike = [run for run in self._queue if run.model == job.model and run.closing is None]
             for other in alike:  # those that wait would learn nothing by a call
-                self.close(other.id, failure)
+                self.close(other.id, other.run, failure)
 
     def expire(self, job: JobRun) -> None:
         """Close a job whose deadline has passed."""
         with self._lock:
             failure = standing.expired(job, self.lanes, self._now_s())
-        self.close(job.id, failure)
+        self.close(job.id, job.run, failure)
 
     def page_came(self) -> None:
         """New tasks are in the queue; the lock is held."""
@@ -495,7 +496,7 @@ class Dispatcher:
             job.give_back(grant.rest)
             job.front.extendleft(reversed(sent))
         else:  # its end has spared what was in flight
-            self._recorder.close_job(job.id, job.closing, frozenset(job.sent))
+            self._recorder.close_job(job.id, job.run, job.closing, frozenset(job.sent))
 
     def _came_back(self, lane: Lane, grant: Grant) -> None:
         grant.returned = True

@@ -397,11 +397,11 @@ class Jobs:
     def cancel(self, caller: Caller, job_id: str) -> None:
         """Send nothing more of a job; calls in flight still land and are kept. A finished job is left as it is."""
         with self._database.write() as session:
-            self._found(job_store.find_job(session, job_id, caller))
+            run = self._found(job_store.find_job(session, job_id, caller)).run
             cancelled = job_store.cancel(session, job_id)
         if cancelled:
             # Worth the moment: so the reply shows what was not sent as cancelled.
-            self._dispatcher.close(job_id, CANCELLED).wait(CLOSE_WAIT_S)
+            self._dispatcher.close(job_id, run, CANCELLED).wait(CLOSE_WAIT_S)
 
     def purge(self, caller: Caller, job_id: str) -> None:
         """The job is gone, with all that belongs to it; what is in flight lands nowhere."""

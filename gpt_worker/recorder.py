@@ -39,6 +39,7 @@ class _Closing:
     """What of a job was not sent fails alike, a slice a commit."""
 
     job_id: str
+    run: int
     failure: Failure
     spare: Collection[int]
     after: int | None = -1
@@ -129,12 +130,12 @@ class Recorder:
             self._started.append(job_id)
             self._condition.notify_all()
 
-    def close_job(self, job_id: str, failure: Failure, spare: Collection[int]) -> threading.Event:
-        """Fail every task of a job that is still pending, but for those in flight; ends the job if none is.
+    def close_job(self, job_id: str, run: int, failure: Failure, spare: Collection[int]) -> threading.Event:
+        """Fail every task of a job's run that is still pending, but for those in flight; ends the job if none is.
 
-        The event is set when that is stored.
+        The event is set when that is stored, or the job has another run by then.
         """
-        closing = _Closing(job_id, failure, spare)
+        closing = _Closing(job_id, run, failure, spare)
         with self._condition:
             self._closings.append(closing)
             self._condition.notify_all()
@@ -236,6 +237,9 @@ class Recorder:
         if closing.after is None:
             return []
         with self._database.write(urgent=True) as session:
+            if job_store.run_of(session, closing.job_id) != closing.run:
+                closing.after = None  # it has ended without this, and was retried
+                return []
             failed, after = task_store.fail_pending(
                 session, closing.job_id, closing.failure, after=closing.after, spare=closing.spare
             )

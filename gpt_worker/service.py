@@ -129,9 +129,9 @@ class Service:
     def _close(self, job: JobRow) -> bool:
         """End a job with nothing left to ask; whether it is one."""
         if job.status == JobStatus.CANCELLED:
-            self.recorder.close_job(job.id, CANCELLED, ())
+            self.recorder.close_job(job.id, job.run, CANCELLED, ())
         elif job.answered + job.failed >= job.total:  # by the tasks that a crash has failed
-            self.recorder.close_job(job.id, INTERRUPTED, ())
+            self.recorder.close_job(job.id, job.run, INTERRUPTED, ())
         else:
             return False
         return True

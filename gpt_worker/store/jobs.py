@@ -90,6 +90,11 @@ def get_job(session: Session, job_id: str) -> JobRow | None:
     return session.get(JobRow, job_id)
 
 
+def run_of(session: Session, job_id: str) -> int | None:
+    """Which run of the job is the last; None if it is gone."""
+    return session.scalar(select(JobRow.run).where(JobRow.id == job_id))
+
+
 def owner_emails(session: Session, jobs: Iterable[JobRow]) -> dict[str, str]:
     """The addresses of these jobs' owners, by their ids."""
     ids = {job.owner_id for job in jobs if job.owner_id}

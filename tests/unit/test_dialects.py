@@ -190,6 +190,7 @@ def make_calls(
         jobs.add_job: lambda session: jobs.add_job(session, _job()),
         jobs.find_job: (job.id, ADMIN),
         jobs.get_job: (job.id,),
+        jobs.run_of: (job.id,),
         jobs.owner_emails: ([job],),
         jobs.list_jobs: lambda session: jobs.list_jobs(session, ADMIN, everyone=False, status=None, **page),
         jobs.open_jobs: (),

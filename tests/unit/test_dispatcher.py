@@ -623,7 +623,7 @@ def test_cancelled_job_keeps_its_call_in_flight(build: Build) -> None:
     stand.start(job)
     eventually(lambda: stand.prompts == ["t0"] and stand.loaded(job))
 
-    assert stand.dispatcher.close(job.id, CANCELLED).wait(PATIENCE_S)
+    assert stand.dispatcher.close(job.id, job.run, CANCELLED).wait(PATIENCE_S)
     assert (stand.codes(job), stand.ended) == ([None, "cancelled", "cancelled"], [])
     stand.endpoints[0].release()
 
@@ -639,7 +639,7 @@ def test_call_in_flight_of_a_cancelled_job_is_not_asked_again(build: Build) -> N
     stand.start(job)
     eventually(lambda: stand.prompts == ["t0"])
 
-    stand.dispatcher.close(job.id, CANCELLED)
+    stand.dispatcher.close(job.id, job.run, CANCELLED)
     stand.endpoints[0].release()
 
     stand.wait_end(job)
@@ -1098,7 +1098,7 @@ def test_bug_under_a_job_that_is_being_cancelled_does_not_keep_it_from_ending(
     job = store(stand, ids=["hello"])
     stand.start(job)
     eventually(lambda: stand.prompts == ["hello"])
-    stand.dispatcher.close(job.id, CANCELLED).wait(PATIENCE_S)
+    stand.dispatcher.close(job.id, job.run, CANCELLED).wait(PATIENCE_S)
 
     def buggy(*_: Any) -> Any:
         raise RuntimeError("a bug")

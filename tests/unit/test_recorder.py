@@ -253,15 +253,19 @@ def test_webhook_is_owed_in_the_commit_that_ends_the_job(
     )
 
 
-def test_next_run_owes_a_webhook_of_its_own(database: Database, desk: Desk) -> None:
-    job = factories.store_job(database=database, delivery=DeliveryMode.WEBHOOK)
-    desk.recorder.put(factories.outcome(job_id=job.id, decision=LATE))
-    eventually(lambda: desk.ended)
+def retry(database: Database, job: JobRow) -> None:
     with database.write() as session:
         row = job_store.get_job(session, job.id)
         assert row is not None
         row.failed -= task_store.reopen_slice(session, job.id, None, -1).tasks
         job_store.reopen(row, row.deadline_at)
+
+
+def test_next_run_owes_a_webhook_of_its_own(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, delivery=DeliveryMode.WEBHOOK)
+    desk.recorder.put(factories.outcome(job_id=job.id, decision=LATE))
+    eventually(lambda: desk.ended)
+    retry(database, job)
 
     desk.recorder.put(factories.outcome(job_id=job.id))
     desk.finish()
@@ -277,7 +281,7 @@ def test_closed_job_fails_what_was_not_sent(database: Database, desk: Desk) -> N
     job = factories.store_job(database=database, tasks=3, status=JobStatus.RUNNING)
     desk.recorder.put(factories.outcome(job_id=job.id, position=1))
 
-    desk.recorder.close_job(job.id, CANCELLED, ())
+    desk.recorder.close_job(job.id, job.run, CANCELLED, ())
     desk.finish()
 
     assert [task.error_code for task in results(database, job)] == ["cancelled", None, "cancelled"]
@@ -287,7 +291,7 @@ def test_closed_job_fails_what_was_not_sent(database: Database, desk: Desk) -> N
 
 def test_closed_job_waits_for_the_calls_in_flight(database: Database, desk: Desk) -> None:
     job = factories.store_job(database=database, tasks=3, delivery=DeliveryMode.WEBHOOK)
-    assert desk.recorder.close_job(job.id, CANCELLED, frozenset({1})).wait(10)
+    assert desk.recorder.close_job(job.id, job.run, CANCELLED, frozenset({1})).wait(10)
     assert (job_of(database, job).failed, desk.ended, deliveries(database)) == (2, [], [])
 
     desk.recorder.put(factories.outcome(job_id=job.id, position=1))
@@ -302,7 +306,7 @@ def test_large_job_is_closed_in_slices_and_others_go_between(database: Database,
     small = factories.store_job(database=database)
     spare = frozenset({0, SLICE_TASKS - 1, SLICE_TASKS, 2 * SLICE_TASKS})
 
-    done = desk.recorder.close_job(large.id, CANCELLED, spare)
+    done = desk.recorder.close_job(large.id, large.run, CANCELLED, spare)
     desk.recorder.put(factories.outcome(job_id=small.id))
     assert done.wait(10)
 
@@ -319,7 +323,7 @@ def test_large_job_is_closed_in_slices_and_others_go_between(database: Database,
 def test_slice_of_nothing_but_spare_tasks_is_not_the_end(database: Database, desk: Desk) -> None:
     job = factories.store_job(database=database, tasks=SLICE_TASKS + 1)
 
-    desk.recorder.close_job(job.id, CANCELLED, frozenset(range(SLICE_TASKS)))
+    desk.recorder.close_job(job.id, job.run, CANCELLED, frozenset(range(SLICE_TASKS)))
     desk.finish()
 
     assert results(database, job)[-1].error_code == "cancelled"
@@ -329,7 +333,7 @@ def test_answer_that_lands_before_the_close_is_kept(database: Database, desk: De
     job = factories.store_job(database=database, tasks=2)
 
     desk.recorder.put(factories.outcome(job_id=job.id, position=0))
-    desk.recorder.close_job(job.id, CANCELLED, frozenset({0}))
+    desk.recorder.close_job(job.id, job.run, CANCELLED, frozenset({0}))
     desk.finish()
 
     assert (job_of(database, job).answered, job_of(database, job).failed) == (1, 1)
@@ -339,12 +343,23 @@ def test_answer_that_lands_before_the_close_is_kept(database: Database, desk: De
 def test_job_closed_twice_ends_with_one_webhook(database: Database, desk: Desk) -> None:
     job = factories.store_job(database=database, tasks=2, delivery=DeliveryMode.WEBHOOK)
 
-    desk.recorder.close_job(job.id, CANCELLED, ())
-    desk.recorder.close_job(job.id, LATE, ())
+    desk.recorder.close_job(job.id, job.run, CANCELLED, ())
+    desk.recorder.close_job(job.id, job.run, LATE, ())
     desk.finish()
 
     assert [task.error_code for task in results(database, job)] == ["cancelled", "cancelled"]
     assert len(deliveries(database)) == 1
+
+
+def test_end_of_a_run_that_comes_late_does_not_touch_the_next(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=2)
+    assert desk.recorder.close_job(job.id, 1, LATE, ()).wait(10)
+    retry(database, job)
+
+    assert desk.recorder.close_job(job.id, 1, CANCELLED, ()).wait(10)
+
+    assert [task.error_code for task in results(database, job)] == [None, None]
+    assert (job_of(database, job).run, desk.ended) == (2, [(job.id, 1)])
 
 
 # Commits that fail
@@ -384,7 +399,7 @@ def test_slice_stored_twice_counts_once(
     job = factories.store_job(database=database, tasks=3)
     fail_once_after_commit(monkeypatch)
 
-    assert desk.recorder.close_job(job.id, CANCELLED, ()).wait(10)
+    assert desk.recorder.close_job(job.id, job.run, CANCELLED, ()).wait(10)
     desk.finish()
 
     assert (job_of(database, job).failed, desk.ended) == (3, [(job.id, 1)])
@@ -435,7 +450,7 @@ def test_recorder_that_can_not_store_still_stops(database: Database, desk: Desk,
     job = factories.store_job(database=database)
     break_tasks(database)
     if closes:
-        desk.recorder.close_job(job.id, CANCELLED, ())
+        desk.recorder.close_job(job.id, job.run, CANCELLED, ())
     else:
         desk.recorder.put(factories.outcome(job_id=job.id))
     eventually(lambda: not desk.recorder.healthy)
