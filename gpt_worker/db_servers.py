@@ -173,7 +173,7 @@ class Server:
                     "connect_timeout": CONNECT_TIMEOUT_S,
                     "charset": "utf8mb4",
                     "init_command": "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', "
-                    f"innodb_lock_wait_timeout = {LOCK_TIMEOUT_S}",
+                    f"innodb_lock_wait_timeout = {LOCK_TIMEOUT_S}, lock_wait_timeout = {LOCK_TIMEOUT_S}",
                 }
 
         self.packet_bytes: int | None = None  # the most that MySQL takes and gives at once
@@ -199,12 +199,13 @@ class Server:
 
         @event.listens_for(engine, "connect")
         def connect(connection: Any, _record: object) -> None:
-            if self._dialect == "postgresql" and not self._patient:
+            if self._dialect == "postgresql":
+                statement_s = 0 if self._patient else STATEMENT_TIMEOUT_S
                 connection.autocommit = True
                 connection.execute(
                     "SELECT set_config('statement_timeout', %s, false), set_config('lock_timeout', %s, false), "
                     "set_config('idle_in_transaction_session_timeout', %s, false)",
-                    [f"{seconds}s" for seconds in (STATEMENT_TIMEOUT_S, LOCK_TIMEOUT_S, STATEMENT_TIMEOUT_S)],
+                    [f"{seconds}s" for seconds in (statement_s, LOCK_TIMEOUT_S, statement_s)],
                 )
                 connection.autocommit = False
 

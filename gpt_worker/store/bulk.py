@@ -46,7 +46,7 @@ def insert_tasks(connection: Connection, job_id: str, rows: Sequence[tuple[int, 
         case "sqlite":
             _insert_into_sqlite(connection, job_id, rows)
         case "postgresql":
-            for part in _parts(rows):
+            for part in in_parts(rows):
                 connection.exec_driver_sql(_PGSQL_INSERT, (job_id, *map(list, zip(*part, strict=True))))
         case _ if rows:
             values = [dict(zip(NEW, row, strict=True)) for row in rows]
@@ -82,7 +82,7 @@ class PendingUpdate:
         server = connection.dialect.name
         if len(rows) > 1 and server in ("postgresql", "mysql"):
             run = self._run_on_pgsql if server == "postgresql" else self._run_on_mysql
-            return sum(run(connection, job_id, part) for part in _parts(rows))
+            return sum(run(connection, job_id, part) for part in in_parts(rows))
         names = ("b_position", *self.columns)
         return update_each(
             connection,
@@ -139,7 +139,7 @@ def update_each(connection: Connection, statement: Update, rows: Sequence[dict[s
     return sum(connection.execute(statement, row).rowcount for row in rows)
 
 
-def _parts(rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
+def in_parts(rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:
     """The rows in parts that a statement may have."""
     first, characters = 0, 0
     for number, row in enumerate(rows):

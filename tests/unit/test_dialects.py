@@ -133,6 +133,7 @@ def make_calls(
         accounts.clear_login_failures: ("h",),
         accounts.delete_old_login_failures: (NOW,),
         bulk.insert_tasks: lambda session: bulk.insert_tasks(session.connection(), job.id, []),
+        bulk.in_parts: lambda _session: list(bulk.in_parts([])),
         bulk.pending_update: lambda _session: bulk.pending_update(),
         bulk.update_each: lambda session: bulk.update_each(session.connection(), bulk.pending_update(), []),
         tasks.add_tasks: lambda session: tasks.add_tasks(session, job.id, 10, [NewTask("A", "a", 1)]),

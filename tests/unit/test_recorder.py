@@ -138,6 +138,37 @@ def test_long_message_is_cut(database: Database, desk: Desk) -> None:
     assert len(message) == 1000
 
 
+def test_answer_that_the_database_does_not_take_fails_its_task_alone(
+    database: Database, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "takes", lambda text: len(text) < 100)
+    job = factories.store_job(database=database, tasks=2)
+
+    for position, text_ in enumerate(("x" * 100, "short")):
+        desk.recorder.put(factories.outcome(job_id=job.id, position=position, decision=Answer(text_)))
+    desk.finish()
+
+    large, small = results(database, job)
+    assert (large.answer, large.error_code) == (None, ErrorCode.BAD_RESPONSE)
+    assert small.answer == "short"
+    stored = job_of(database, job)
+    assert (stored.status, stored.answered, stored.failed) == (JobStatus.PARTIAL, 1, 1)
+
+
+def test_nothing_is_to_be_asked_while_the_database_may_be_another_s(database: Database, desk: Desk) -> None:
+    job = factories.store_job(database=database, tasks=1)
+
+    desk.recorder.suspend()
+    desk.recorder.put(factories.outcome(job_id=job.id))
+    eventually(lambda: job_of(database, job).answered == 1)
+    healthy_when_suspended = desk.recorder.healthy
+    desk.recorder.resume()
+
+    assert not healthy_when_suspended
+    assert desk.recorder.healthy
+    assert desk.recovered.is_set()
+
+
 def test_task_is_decided_once(database: Database, desk: Desk) -> None:
     job = factories.store_job(database=database, tasks=2)
 
