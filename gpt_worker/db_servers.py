@@ -175,7 +175,9 @@ class Server:
                     "connect_timeout": CONNECT_TIMEOUT_S,
                     "charset": "utf8mb4",
                     "init_command": "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', "
-                    f"innodb_lock_wait_timeout = {LOCK_TIMEOUT_S}, lock_wait_timeout = {LOCK_TIMEOUT_S}",
+                    f"innodb_lock_wait_timeout = {LOCK_TIMEOUT_S}, lock_wait_timeout = {LOCK_TIMEOUT_S} "
+                    # MariaDB's alone: the locks of a host that vanished in mid-transaction would stay for hours
+                    f"/*M!100300 , idle_transaction_timeout = {STATEMENT_TIMEOUT_S} */",
                 }
 
         self.packet_bytes: int | None = None  # the most that MySQL takes and gives at once
