@@ -74,6 +74,7 @@ ORACLE: Mapping[int, tuple[str, str]] = {
     **dict.fromkeys((54, 60, 8177, 18, 20), (BUSY, "another program is in the way, or the server is full")),
     **dict.fromkeys((1017, 28000, 28001, 1031, 16000), (REFUSED, "the server refuses this user or password")),
 }
+ORACLE_DRIVER_LOST = frozenset({"DPY-1001", "DPY-4011", "DPY-6000", "DPY-6001", "DPY-6005"})
 MSSQL: Mapping[str, tuple[str, str]] = {
     "08": (LOST, "the connection was lost"),
     "HYT": (BUSY, "a statement took too long"),
@@ -99,7 +100,8 @@ def what_happened(error: DBAPIError) -> tuple[str, str] | None:
         case "pymysql" if isinstance(number, int):
             found = MYSQL.get(number)
         case "oracledb":
-            found = ORACLE.get(getattr(number, "code", 0))
+            by_driver = str(getattr(number, "full_code", "")) in ORACLE_DRIVER_LOST
+            found = (LOST, "no connection") if by_driver else ORACLE.get(getattr(number, "code", 0))
         case "mssql_python":
             shown = re.search(r"\[([0-9A-Z]{5})\]", str(cause))
             found = _by_beginning(MSSQL, shown[1]) if shown else None
@@ -173,7 +175,9 @@ class Server:
                     "connect_timeout": CONNECT_TIMEOUT_S,
                     "charset": "utf8mb4",
                     "init_command": "SET SESSION sql_mode = 'STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION', "
-                    f"innodb_lock_wait_timeout = {LOCK_TIMEOUT_S}, lock_wait_timeout = {LOCK_TIMEOUT_S}",
+                    f"innodb_lock_wait_timeout = {LOCK_TIMEOUT_S}, lock_wait_timeout = {LOCK_TIMEOUT_S} "
+                    # MariaDB's alone: the locks of a host that vanished in mid-transaction would stay for hours
+                    f"/*M!100300 , idle_transaction_timeout = {STATEMENT_TIMEOUT_S} */",
                 }
 
         self.packet_bytes: int | None = None  # the most that MySQL takes and gives at once

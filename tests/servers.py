@@ -172,13 +172,39 @@ class Server(ABC):
             self.cut(connection)
         return len(found)
 
-    @abstractmethod
-    def refuse_writes(self) -> None:
-        """From now on all databases are read-only."""
+    @contextmanager
+    def read_only(self) -> Iterator[None]:
+        """All databases can only be read meanwhile."""
+        self._take_writes(False)
+        try:
+            yield
+        finally:
+            self._take_writes(True)
+
+    @contextmanager
+    def other_password(self) -> Iterator[None]:
+        """The account of the services has another password meanwhile, and they have no connection."""
+        self._change_password(secrets.token_urlsafe())
+        try:
+            self.cut_all()
+            yield
+        finally:
+            self._change_password(self.password)
+
+    @contextmanager
+    def table_locked(self, service: Service, table: str) -> Iterator[None]:
+        """Another program has a table of the service's for itself meanwhile."""
+        with _engine(url_of(service)).connect() as connection:
+            connection.execute(text(self._lock_statement.format(table)))
+            yield
+
+    _lock_statement: ClassVar[str]
 
     @abstractmethod
-    def take_writes(self) -> None:
-        """As ever."""
+    def _take_writes(self, are_taken: bool) -> None: ...
+
+    @abstractmethod
+    def _change_password(self, password: str) -> None: ...
 
     _home: ClassVar[str]
 
@@ -256,8 +282,7 @@ class PostgreSql(Server):
         return self._program(program, "usr/lib/postgresql/*/bin")
 
     def _make_account(self) -> None:
-        password = self.password.replace("'", "''")
-        self.ask(f"CREATE ROLE {self.quote(USER)} LOGIN PASSWORD '{_plain(password)}'")
+        self.ask(f"CREATE ROLE {self.quote(USER)} LOGIN PASSWORD '{_quoted(self.password)}'")
 
     def _make_database(self, name: str) -> None:
         self.ask(f"CREATE DATABASE {self.quote(name)} OWNER {self.quote(USER)}")
@@ -272,13 +297,17 @@ class PostgreSql(Server):
     def cut(self, connection: int) -> None:
         self.ask("SELECT pg_terminate_backend(:pid)", pid=connection)
 
-    def refuse_writes(self) -> None:
-        self.ask(f"ALTER ROLE {self.quote(USER)} SET default_transaction_read_only = on")
+    def _take_writes(self, are_taken: bool) -> None:
+        change = "RESET default_transaction_read_only"
+        if not are_taken:
+            change = "SET default_transaction_read_only = on"
+        self.ask(f"ALTER ROLE {self.quote(USER)} {change}")
         self.cut_all()  # a connection keeps what it began with
 
-    def take_writes(self) -> None:
-        self.ask(f"ALTER ROLE {self.quote(USER)} RESET default_transaction_read_only")
-        self.cut_all()
+    def _change_password(self, password: str) -> None:
+        self.ask(f"ALTER ROLE {self.quote(USER)} PASSWORD '{_quoted(password)}'")
+
+    _lock_statement = "LOCK TABLE {} IN ACCESS EXCLUSIVE MODE"
 
 
 class MariaDb(Server):
@@ -324,8 +353,7 @@ class MariaDb(Server):
         return self._program(program, "usr/*bin")
 
     def _make_account(self) -> None:
-        password = self.password.replace("'", "''")
-        self.ask(f"CREATE USER {self._account} IDENTIFIED BY '{_plain(password)}'")
+        self.ask(f"CREATE USER {self._account} IDENTIFIED BY '{_quoted(self.password)}'")
 
     def _make_database(self, name: str) -> None:
         # in the server's own default, which is latin1: that the tables hold any text is the service's business
@@ -346,11 +374,13 @@ class MariaDb(Server):
             if "Unknown thread id" not in str(error):
                 raise
 
-    def refuse_writes(self) -> None:
-        self.ask("SET GLOBAL read_only = ON")
+    def _take_writes(self, are_taken: bool) -> None:
+        self.ask(f"SET GLOBAL read_only = {'OFF' if are_taken else 'ON'}")
 
-    def take_writes(self) -> None:
-        self.ask("SET GLOBAL read_only = OFF")
+    def _change_password(self, password: str) -> None:
+        self.ask(f"ALTER USER {self._account} IDENTIFIED BY '{_quoted(password)}'")
+
+    _lock_statement = "LOCK TABLES {} WRITE"
 
     @property
     def _account(self) -> str:
@@ -389,6 +419,6 @@ def _engine(address: URL, **options: Any) -> Engine:
     return create_engine(address, poolclass=NullPool, **options)
 
 
-def _plain(text: str) -> str:
-    """What `text()` must not read as a parameter, and the driver not as a format."""
-    return text.replace(":", "\\:")
+def _quoted(text: str) -> str:
+    """What stands between apostrophes in a statement; `text()` must not read a parameter there."""
+    return text.replace("'", "''").replace(":", "\\:")

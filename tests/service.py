@@ -89,6 +89,11 @@ class Service:
         """The process id of the gunicorn arbiter."""
         return self._running().pid
 
+    @property
+    def has_exited(self) -> bool:
+        """Whether it has ended by itself; `wait_exit` tells how."""
+        return self._running().poll() is not None
+
     def start(self, timeout_s: float = 30.0) -> None:
         """Returns once `GET /readyz` says 200. Raises ServiceExited, or TimeoutError with the log."""
         self.launch()

@@ -1,5 +1,6 @@
 """One owner of a database that several hosts reach: who else comes is refused, and who is gone is followed."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,30 @@ def test_service_whose_database_was_taken_over_sends_and_stores_nothing_more(
     assert len(linked.upstream.calls()) == 2
     assert elsewhere.readiness()[0] == 200
     assert "Traceback" not in linked.stderr()
+
+
+def test_two_that_start_at_once_on_an_empty_database_make_one_owner(stand: Stand, elsewhere: Stand) -> None:
+    both = [stand, elsewhere]
+
+    for each in both:
+        each.launch()
+
+    stand.wait_until(lambda: any(each.has_exited for each in both), TAKE_OVER_S)
+    refused, serving = sorted(both, key=lambda each: not each.has_exited)
+    assert refused.wait_exit() == 2
+    lines = [line for line in refused.stderr().splitlines() if line.startswith("gpt-worker: the database")]
+    assert len(lines) == 1, refused.stderr()
+    assert "Traceback" not in refused.stderr()
+    serving.wait_ready()
+    assert serving.submit(["hello"]).json()["status"] == "succeeded"
+    serving.assert_ends_well()
+
+
+def test_reload_keeps_the_database_and_asks_nothing_twice(stand: Stand) -> None:
+    stand.begin()
+
+    stand.signal(signal.SIGHUP)
+
+    stand.wait_until(lambda: stand.stderr().count("action=started") == 2, 60)
+    stand.assert_ends_as_if_nothing_had_been()
+    stand.assert_ends_well()

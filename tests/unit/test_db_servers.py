@@ -26,8 +26,9 @@ def driver_error(
 
 
 class OracleError:
-    def __init__(self, code: int) -> None:
+    def __init__(self, code: int, full_code: str = "") -> None:
         self.code = code
+        self.full_code = full_code or f"ORA-{code:05}"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,7 @@ class OracleError:
         (driver_error("pymysql", 1054, "Unknown column"), None),
         (driver_error("pymysql", 1062, "Duplicate entry"), None),
         (driver_error("oracledb", OracleError(3113)), LOST),
+        (driver_error("oracledb", OracleError(0, "DPY-6005")), LOST),
         (driver_error("oracledb", OracleError(1653)), FULL),
         (driver_error("oracledb", OracleError(904)), None),
         (driver_error("mssql_python", "[08S01] Communication link failure"), LOST),
