@@ -4,7 +4,6 @@ The only place that knows OpenAI's wire format. It decides nothing about retries
 Source: OpenAI API reference, "Chat completions" and "Error codes".
 """
 
-import json
 import re
 import string
 import time
@@ -18,7 +17,7 @@ import jiter
 
 from config import OPENAI_BASE_URL
 from gpt_worker.backoff import Problem, ProblemKind
-from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage
+from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage, compact_json
 from gpt_worker.limit_headers import UNIT_S, LimitHeaders, parse_duration_s, read_headers
 from gpt_worker.packing import (
     TOKEN_LIMIT_NAMES,
@@ -166,9 +165,10 @@ def request_body(model: str, settings: JobSettings, prompt: Prompt, token_limit_
         body["temperature"] = settings.temperature
     if settings.max_output_tokens is not None:
         body[token_limit_name] = settings.max_output_tokens
+    raw = compact_json(body)
     if settings.response_format is not None:
-        body["response_format"] = settings.response_format
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        raw = f'{raw[:-1]},"response_format":{settings.response_format}}}'
+    return raw.encode()
 
 
 def messages(settings: JobSettings, prompt: Prompt) -> list[Any]:

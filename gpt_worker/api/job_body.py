@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from config import Settings
-from gpt_worker.api.job_schemas import JobSettingsBody
+from gpt_worker.api.job_schemas import MAX_RESPONSE_FORMAT_BYTES, JobSettingsBody, ResponseFormat
 from gpt_worker.api.schemas import Body
-from gpt_worker.domain import DeliveryMode, JobSettings, NewTask, Prompt
+from gpt_worker.domain import DeliveryMode, JobSettings, NewTask, Prompt, compact_json
 from gpt_worker.errors import FieldError, Invalid, TooLarge
 from gpt_worker.gpt import template_parts
 from gpt_worker.jobs import JobRequest
@@ -78,20 +78,30 @@ def job_settings(body: JobSettingsBody, *loc: str) -> JobSettings:
             template_parts(body.template)
         except ValueError as error:
             raise Invalid.at(f"is no template: {error}", *loc, "template") from error
-    form = body.response_format
     values: dict[str, Any] = {
         "temperature": body.temperature,
         "max_chunk_tokens": body.max_chunk_tokens or body.maxTokenCount,
         "instructions": body.instructions,
         "template": body.template,
         "max_output_tokens": body.max_output_tokens,
-        "response_format": form.model_dump() if form else None,
+        "response_format": _response_format(body.response_format, loc),
         "pack": body.pack,
         "priority": body.priority,
         "deadline_s": body.deadline_s,
         "max_total_tokens": body.max_total_tokens,
     }
     return JobSettings(**{name: value for name, value in values.items() if value is not None})
+
+
+def _response_format(form: ResponseFormat | None, loc: tuple[str, ...]) -> str | None:
+    if form is None:
+        return None
+    text = compact_json(form.model_dump())
+    if len(text.encode()) > MAX_RESPONSE_FORMAT_BYTES:
+        raise Invalid.at(
+            f"may have at most {MAX_RESPONSE_FORMAT_BYTES} bytes as JSON", *loc, "response_format"
+        )
+    return text
 
 
 def read_metadata(values: Any) -> dict[str, str]:

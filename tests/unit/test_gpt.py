@@ -73,7 +73,9 @@ def test_only_what_the_caller_set_is_sent() -> None:
 def test_everything_the_caller_set_is_sent() -> None:
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}
 
-    body = sent(temperature=0.0, max_output_tokens=7, response_format=form, name="max_completion_tokens")
+    body = sent(
+        temperature=0.0, max_output_tokens=7, response_format=json.dumps(form), name="max_completion_tokens"
+    )
 
     assert (body["temperature"], body["max_completion_tokens"], body["response_format"]) == (0.0, 7, form)
 
@@ -629,7 +631,7 @@ def test_pack_is_one_request_of_numbered_tasks() -> None:
         "model": MODEL,
         "temperature": 0.5,
         "max_tokens": 2 * (7 + 16),
-        "response_format": RESPONSE_FORMAT,
+        "response_format": json.loads(RESPONSE_FORMAT),
     }
 
 

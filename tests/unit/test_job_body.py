@@ -178,7 +178,7 @@ def test_every_setting_is_taken(service: Settings) -> None:
     assert (request.model, request.delivery) == ("gpt-x", DeliveryMode.WEBHOOK)
     assert request.settings.to_json() == {
         name: ALL_SETTINGS[name] for name in ALL_SETTINGS if name != "model"
-    }
+    } | {"response_format": '{"type":"json_object"}'}  # a text, since it stays in memory with the job
 
 
 def test_pack_is_taken(service: Settings) -> None:
@@ -246,6 +246,30 @@ def test_embedded_model_answers_whatever_is_asked_for(service: Settings) -> None
 )
 def test_bad_setting_is_named(service: Settings, name: str, value: Any) -> None:
     assert places(service, settings={name: value})[0][:2] == ("settings", name)
+
+
+def form_of(size_bytes: int) -> dict[str, str]:
+    """A response_format that is so long as JSON text."""
+    empty = '{"type":"text","ї":"їїї"}'.encode()
+    return {"type": "text", "ї": "їїї" + "a" * (size_bytes - len(empty))}
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "too_long", "limit"),
+    [
+        ("instructions", "a" * 100_000, "a" * 100_001, "100000 characters"),
+        ("template", "{text}" + "a" * 99_994, "{text}" + "a" * 99_995, "100000 characters"),
+        ("response_format", form_of(64 << 10), form_of((64 << 10) + 1), "65536 bytes"),
+    ],
+)
+def test_what_stays_in_memory_with_the_job_is_bounded(
+    service: Settings, name: str, longest: Any, too_long: Any, limit: str
+) -> None:
+    read(service, settings={name: longest})
+
+    with pytest.raises((Invalid, ValidationError), match=limit):
+        read(service, settings={name: too_long})
+    assert places(service, settings={name: too_long}) == [("settings", name)]
 
 
 @pytest.mark.parametrize(
