@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
@@ -39,6 +40,7 @@ from gpt_worker.transport import (
 
 MAX_MESSAGE_LENGTH = 500
 CHECK_TIMEOUT_S = 20.0
+PARSED_TEMPLATES = 16  # a few, since one may be a hundred times as large when it is parsed
 OPENAI_HOST = urlsplit(OPENAI_BASE_URL).hostname
 EXHAUSTED = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"}
 TOO_LONG = {"context_length_exceeded", "exceed_context_size_error", "string_above_max_length"}
@@ -197,14 +199,15 @@ def fill_template(template: str, variables: Mapping[str, Any]) -> str:
     )
 
 
-def template_parts(template: str) -> list[tuple[str, str | None]]:
+@lru_cache(maxsize=PARSED_TEMPLATES)
+def template_parts(template: str) -> tuple[tuple[str, str | None], ...]:
     """Pairs of literal text and the variable behind it; ValueError names what is wrong with a template."""
     parts: list[tuple[str, str | None]] = []
     for literal, name, form, conversion in string.Formatter().parse(template):
         if name is not None and (form or conversion or not re.fullmatch(r"\w[\w .-]*", name)):
             raise ValueError("a variable is a plain {name}; write {{ and }} for braces")
         parts.append((literal, name))
-    return parts
+    return tuple(parts)
 
 
 def read_reply(raw: RawReply, secret: str) -> Reply[Answer]:

@@ -38,7 +38,7 @@ def jsonl_tasks(
         TooLarge: too many tasks, or too long a line.
     """
     lines = FileLines(pieces, max_line_bytes, blank=b" \t\r\n")
-    return _tasks(_jsonl_rows(lines), settings, max_tasks)
+    return _tasks(_jsonl_rows(lines), settings, max_line_bytes, max_tasks)
 
 
 def csv_tasks(
@@ -52,11 +52,13 @@ def csv_tasks(
         TooLarge: too many tasks, or too long a row.
     """
     lines = FileLines(pieces, max_row_bytes, blank=b"\r\n")
-    return _tasks(_csv_rows(lines, settings, max_row_bytes), settings, max_tasks)
+    return _tasks(_csv_rows(lines, settings, max_row_bytes), settings, max_row_bytes, max_tasks)
 
 
-def _tasks(rows: Iterator[Row], settings: JobSettings, max_tasks: int) -> Iterator[NewTask]:
-    reader = TaskReader(settings)
+def _tasks(
+    rows: Iterator[Row], settings: JobSettings, max_json_bytes: int, max_tasks: int
+) -> Iterator[NewTask]:
+    reader = TaskReader(settings, max_json_bytes)
     is_new = SeenIds().add
     index = -1
     for index, (line, said) in enumerate(rows):

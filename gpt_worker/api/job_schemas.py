@@ -66,7 +66,8 @@ class JobSettingsBody(Body):
         None,
         min_length=1,
         max_length=MAX_TEMPLATE_LENGTH,
-        description="A prompt with {variables}; {{ and }} are braces. A task that is a text fills {text}",
+        description="A prompt with {variables}; {{ and }} are braces. A task that is a text fills {text}; "
+        "filled, it may have MAX_JSON_BYTES",
         examples=["Translate to {lang}: {text}"],
     )
     max_output_tokens: int | None = Field(None, ge=1, le=1_000_000_000, description="The most of one answer")

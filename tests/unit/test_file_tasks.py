@@ -19,6 +19,7 @@ Found = list[tuple[str, Any]]
 
 PLAIN = JobSettings()
 TRANSLATE = JobSettings(template="Translate to {lang}: {text}")
+OFTEN = JobSettings(template="{text}" * 200)
 MARK = "s3cr3t"
 MAX_LINE_BYTES = 1000
 MAX_TASKS = 20
@@ -208,6 +209,8 @@ OK = b'{"text": "ok"}\n'
         (OK + b'{"id": "a", "text": "a"}\n{"id": "a", "text": "b"}', PLAIN, ("line", 3, "id")),
         (b'{"id": "1", "text": "a"}\n{"text": "b"}', PLAIN, ("line", 2, "id")),
         (OK + b'{"text": "a", "text": "s3cr3t"}', PLAIN, ("line", 2, "text")),
+        (b'{"text": "s3cr3"}\n{"text": "s3cr3t"}', OFTEN, ("line", 2)),
+        (b'{"vars": {"text": "s3cr3t"}}', OFTEN, ("line", 1)),
         (b"", PLAIN, ("file",)),
         (b"\n \n", PLAIN, ("file",)),
     ],
@@ -238,6 +241,7 @@ def test_jsonl_line_that_is_no_task_is_told(
         (b'id,text\nx,"two\nlines"\ny,\n', PLAIN, ("line", 4, "text")),
         (b'text\n""\n', PLAIN, ("line", 2, "text")),
         (b"id,text\nx,a\nx,s3cr3t\n", PLAIN, ("line", 3, "id")),
+        (b"text\ns3cr3\ns3cr3t\n", OFTEN, ("line", 3)),
         (b"id,text\n%s,a\n" % (b"i" * 201), PLAIN, ("line", 2, "id")),
     ],
 )

@@ -141,6 +141,10 @@ def test_broken_template_is_refused(template: str) -> None:
         template_parts(template)
 
 
+def test_template_is_parsed_once_for_many_tasks() -> None:
+    assert template_parts("Translate to {lang}: {text}") is template_parts("Translate to {lang}: {text}")
+
+
 def test_variables_reach_no_attributes() -> None:
     with pytest.raises(KeyError):
         fill_template("{a.__class__}", {"a": "x"})
