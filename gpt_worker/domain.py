@@ -1,5 +1,6 @@
 """The words of the service as values: what a job, a task, an outcome and a delivery are, and nothing that acts."""
 
+import json
 import secrets
 import time
 from collections.abc import Mapping
@@ -93,7 +94,7 @@ class JobSettings:
     instructions: str | None = None
     template: str | None = None
     max_output_tokens: int | None = None
-    response_format: Mapping[str, Any] | None = None
+    response_format: str | None = None  # as JSON text: objects may take thirty times its size
     pack: bool = False
     priority: int = 0
     deadline_s: float = 7 * 86_400
@@ -105,6 +106,9 @@ class JobSettings:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "JobSettings":
+        form = values.get("response_format")
+        if form is not None and not isinstance(form, str):  # it was stored as an object once
+            values = {**values, "response_format": compact_json(form)}
         return cls(**values)
 
 
@@ -163,6 +167,11 @@ class Outcome:
     def size_bytes(self) -> int:
         """Roughly what the outcome holds in memory."""
         return 200 + (4 * len(self.decision.text) if isinstance(self.decision, Answer) else 0)
+
+
+def compact_json(value: Any) -> str:
+    """As JSON text that wastes nothing."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def utc_now() -> datetime:

@@ -4,13 +4,13 @@ The only place that knows OpenAI's wire format. It decides nothing about retries
 Source: OpenAI API reference, "Chat completions" and "Error codes".
 """
 
-import json
 import re
 import string
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
@@ -18,7 +18,7 @@ import jiter
 
 from config import OPENAI_BASE_URL
 from gpt_worker.backoff import Problem, ProblemKind
-from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage
+from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage, compact_json
 from gpt_worker.limit_headers import UNIT_S, LimitHeaders, parse_duration_s, read_headers
 from gpt_worker.packing import (
     TOKEN_LIMIT_NAMES,
@@ -40,6 +40,7 @@ from gpt_worker.transport import (
 
 MAX_MESSAGE_LENGTH = 500
 CHECK_TIMEOUT_S = 20.0
+PARSED_TEMPLATES = 16  # a few, since one may be a hundred times as large when it is parsed
 OPENAI_HOST = urlsplit(OPENAI_BASE_URL).hostname
 EXHAUSTED = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"}
 TOO_LONG = {"context_length_exceeded", "exceed_context_size_error", "string_above_max_length"}
@@ -166,9 +167,10 @@ def request_body(model: str, settings: JobSettings, prompt: Prompt, token_limit_
         body["temperature"] = settings.temperature
     if settings.max_output_tokens is not None:
         body[token_limit_name] = settings.max_output_tokens
+    raw = compact_json(body)
     if settings.response_format is not None:
-        body["response_format"] = settings.response_format
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+        raw = f'{raw[:-1]},"response_format":{settings.response_format}}}'
+    return raw.encode()
 
 
 def messages(settings: JobSettings, prompt: Prompt) -> list[Any]:
@@ -197,14 +199,15 @@ def fill_template(template: str, variables: Mapping[str, Any]) -> str:
     )
 
 
-def template_parts(template: str) -> list[tuple[str, str | None]]:
+@lru_cache(maxsize=PARSED_TEMPLATES)
+def template_parts(template: str) -> tuple[tuple[str, str | None], ...]:
     """Pairs of literal text and the variable behind it; ValueError names what is wrong with a template."""
     parts: list[tuple[str, str | None]] = []
     for literal, name, form, conversion in string.Formatter().parse(template):
         if name is not None and (form or conversion or not re.fullmatch(r"\w[\w .-]*", name)):
             raise ValueError("a variable is a plain {name}; write {{ and }} for braces")
         parts.append((literal, name))
-    return parts
+    return tuple(parts)
 
 
 def read_reply(raw: RawReply, secret: str) -> Reply[Answer]:

@@ -12,7 +12,7 @@ from typing import Any
 import jiter
 
 from gpt_worker.backoff import Problem, ProblemKind
-from gpt_worker.domain import ErrorCode, JobSettings
+from gpt_worker.domain import ErrorCode, JobSettings, compact_json
 from gpt_worker.splitting import TOKENS_PER_MESSAGE, estimate_tokens, fits
 
 SMALLEST_SIZE, FIRST_SIZE, LARGEST_SIZE = 2, 10, 50
@@ -31,10 +31,12 @@ def _strict(**of: Any) -> dict[str, Any]:
 
 _ANSWERS = {"type": "array", "items": _strict(n={"type": "integer"}, text={"type": "string"})}
 # One for all packs: a provider compiles a schema when it first sees it.
-RESPONSE_FORMAT = {
-    "type": "json_schema",
-    "json_schema": {"name": "answers", "strict": True, "schema": _strict(answers=_ANSWERS)},
-}
+RESPONSE_FORMAT = compact_json(
+    {
+        "type": "json_schema",
+        "json_schema": {"name": "answers", "strict": True, "schema": _strict(answers=_ANSWERS)},
+    }
+)
 TOKEN_LIMIT_NAMES = ("max_completion_tokens", "max_tokens")
 SMALLER_MAY_DO = {
     ErrorCode.CONTEXT_LENGTH,  # all tasks together are too long
@@ -42,7 +44,7 @@ SMALLER_MAY_DO = {
     ErrorCode.TIMEOUT,  # so many answers take their time
     ErrorCode.BAD_RESPONSE,
 }
-FORM_TOKENS = estimate_tokens(INSTRUCTION) + estimate_tokens(json.dumps(RESPONSE_FORMAT))
+FORM_TOKENS = estimate_tokens(INSTRUCTION) + estimate_tokens(RESPONSE_FORMAT)
 
 
 def packed_settings(settings: JobSettings, count: int) -> JobSettings:

@@ -3,18 +3,19 @@
 Settings go through their schema; tasks are checked by hand, since there may be hundreds of thousands.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from config import Settings
-from gpt_worker.api.job_schemas import JobSettingsBody
+from gpt_worker.api.job_schemas import MAX_RESPONSE_FORMAT_BYTES, JobSettingsBody, ResponseFormat
 from gpt_worker.api.schemas import Body
-from gpt_worker.domain import DeliveryMode, JobSettings, NewTask, Prompt
+from gpt_worker.domain import DeliveryMode, JobSettings, NewTask, Prompt, compact_json
 from gpt_worker.errors import FieldError, Invalid, TooLarge
 from gpt_worker.gpt import template_parts
 from gpt_worker.jobs import JobRequest
-from gpt_worker.splitting import estimate_prompt, estimate_tokens
+from gpt_worker.splitting import BYTES_PER_TOKEN, estimate_prompt, estimate_tokens
 
 MAX_ID_LENGTH = 200
 MAX_METADATA = 16
@@ -44,7 +45,7 @@ def read_job(
     settings = read_settings(body.get("settings", {}))
     job = job_without_tasks(settings, service, delivery, model, "settings")
     metadata = read_metadata(body.get("metadata", {}))
-    return replace(job, metadata=metadata, tasks=list(_tasks(body["data"], job.settings, service.max_tasks)))
+    return replace(job, metadata=metadata, tasks=list(_tasks(body["data"], job.settings, service)))
 
 
 def job_without_tasks(
@@ -78,20 +79,30 @@ def job_settings(body: JobSettingsBody, *loc: str) -> JobSettings:
             template_parts(body.template)
         except ValueError as error:
             raise Invalid.at(f"is no template: {error}", *loc, "template") from error
-    form = body.response_format
     values: dict[str, Any] = {
         "temperature": body.temperature,
         "max_chunk_tokens": body.max_chunk_tokens or body.maxTokenCount,
         "instructions": body.instructions,
         "template": body.template,
         "max_output_tokens": body.max_output_tokens,
-        "response_format": form.model_dump() if form else None,
+        "response_format": _response_format(body.response_format, loc),
         "pack": body.pack,
         "priority": body.priority,
         "deadline_s": body.deadline_s,
         "max_total_tokens": body.max_total_tokens,
     }
     return JobSettings(**{name: value for name, value in values.items() if value is not None})
+
+
+def _response_format(form: ResponseFormat | None, loc: tuple[str, ...]) -> str | None:
+    if form is None:
+        return None
+    text = compact_json(form.model_dump())
+    if len(text.encode()) > MAX_RESPONSE_FORMAT_BYTES:
+        raise Invalid.at(
+            f"may have at most {MAX_RESPONSE_FORMAT_BYTES} bytes as JSON", *loc, "response_format"
+        )
+    return text
 
 
 def read_metadata(values: Any) -> dict[str, str]:
@@ -110,14 +121,14 @@ def read_metadata(values: Any) -> dict[str, str]:
     return values
 
 
-def _tasks(data: Any, settings: JobSettings, max_tasks: int) -> Iterator[NewTask]:
+def _tasks(data: Any, settings: JobSettings, service: Settings) -> Iterator[NewTask]:
     if not isinstance(data, dict | list):
         raise Invalid.at("must be an object of tasks by id, or a list of tasks", "data")
     if not data:
         raise Invalid.at("needs at least one task", "data")
-    if len(data) > max_tasks:
-        raise TooLarge(f"a job may have at most {max_tasks} tasks (MAX_TASKS)")
-    reader = TaskReader(settings)
+    if len(data) > service.max_tasks:
+        raise TooLarge(f"a job may have at most {service.max_tasks} tasks (MAX_TASKS)")
+    reader = TaskReader(settings, service.max_json_bytes)
     if isinstance(data, dict):
         for id_, value in data.items():
             yield reader.read(value, check_id(id_, ("data", id_)), ("data", id_))
@@ -141,28 +152,47 @@ def check_id(value: Any, loc: tuple[str | int, ...]) -> str:
 
 
 class TaskReader:
-    """Checks the tasks of one job against its settings, and estimates their prompts."""
+    """Checks the tasks of one job against its settings, and estimates their prompts.
 
-    def __init__(self, settings: JobSettings) -> None:
+    A filled template may have as many bytes as JSON may: a short text, put in often enough, would be any size.
+    """
+
+    def __init__(self, settings: JobSettings, max_json_bytes: int) -> None:
         self._pack = settings.pack
-        self._variables: frozenset[str] | None = None
-        template_tokens = 0
+        self._max_filled_bytes = max_json_bytes
+        self._variables: Counter[str] | None = None  # of the template, with how often each is put in
+        self._literal_bytes = 0
         if settings.template is not None:
             parts = template_parts(settings.template)
-            self._variables = frozenset(name for _, name in parts if name is not None)
-            template_tokens = estimate_tokens("".join(literal for literal, _ in parts))
-        self._template_tokens = template_tokens
+            self._variables = Counter(name for _, name in parts if name is not None)
+            self._literal_bytes = sum(_size_bytes(literal) for literal, _ in parts)
         self._instructions_tokens = estimate_tokens(settings.instructions) if settings.instructions else 0
-        self._plain_tokens = estimate_prompt([], template_tokens, self._instructions_tokens)
+        self._no_tokens = estimate_prompt([], instructions_tokens=self._instructions_tokens)
 
     def read(self, value: Any, id_: str, loc: tuple[str | int, ...]) -> NewTask:
         """The task; Invalid at `loc` for anything that is none."""
         text = value.get("text") if isinstance(value, dict) and len(value) == 1 else value
         if isinstance(text, str) and text and self._variables is None:  # by far the most: the short way
-            return NewTask(id_, text, self._plain_tokens + estimate_tokens(text))
+            return NewTask(id_, text, self._no_tokens + estimate_tokens(text))
         prompt = self._prompt(value, loc)
-        template_tokens = 0 if isinstance(prompt, list) else self._template_tokens
-        return NewTask(id_, prompt, estimate_prompt(prompt, template_tokens, self._instructions_tokens))
+        if isinstance(prompt, list):
+            tokens = estimate_prompt(prompt, instructions_tokens=self._instructions_tokens)
+        else:
+            tokens = self._no_tokens + (self._filled_bytes(prompt, loc) // BYTES_PER_TOKEN or 1)
+        return NewTask(id_, prompt, tokens)
+
+    def _filled_bytes(self, prompt: str | dict[str, Any], loc: tuple[str | int, ...]) -> int:
+        """How large the template is with the task in it, which is not made for that; Invalid if it is too large."""
+        assert self._variables is not None  # without a template, a task that is a text goes the short way
+        values = {"text": prompt} if isinstance(prompt, str) else prompt
+        size_bytes = self._literal_bytes + sum(
+            count * _size_bytes(str(values[name])) for name, count in self._variables.items()
+        )
+        if size_bytes > self._max_filled_bytes:
+            raise Invalid.at(
+                f"fills the template to more than {self._max_filled_bytes} bytes (MAX_JSON_BYTES)", *loc
+            )
+        return size_bytes
 
     def _prompt(self, value: Any, loc: tuple[str | int, ...]) -> Prompt:
         if isinstance(value, dict):
@@ -182,8 +212,8 @@ class TaskReader:
             raise Invalid.at('a task is a text, or {"messages": […]}, or {"vars": {…}}', *loc)
         if not value:
             raise Invalid.at("must not be empty", *loc)
-        if self._variables is not None and not self._variables <= {"text"}:
-            missing = min(self._variables - {"text"})
+        if self._variables is not None and not self._variables.keys() <= {"text"}:
+            missing = min(self._variables.keys() - {"text"})
             raise Invalid.at(f"the template needs the variable {missing!r}: give the task as vars", *loc)
         return value
 
@@ -195,9 +225,13 @@ class TaskReader:
         for name, variable in value.items():
             if not isinstance(variable, str | int | float):  # a bool is an int
                 raise Invalid.at("must be a text or a number", *loc, name)
-        for name in sorted(self._variables - value.keys()):
+        for name in sorted(self._variables.keys() - value.keys()):
             raise Invalid.at(f"the template needs the variable {name!r}", *loc)
         return {name: variable for name, variable in value.items() if name in self._variables}
+
+
+def _size_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 def _messages(value: Any, loc: tuple[str | int, ...]) -> Prompt:

@@ -21,6 +21,9 @@ from gpt_worker.api.schemas import (
 from gpt_worker.domain import DeliveryMode, ErrorCode
 
 MAX_DEADLINE_S = 90 * 86_400
+# Each job that is not finished has all three in memory.
+MAX_INSTRUCTIONS_LENGTH = MAX_TEMPLATE_LENGTH = 100_000
+MAX_RESPONSE_FORMAT_BYTES = 64 << 10
 StatusName = Literal["queued", "running", "succeeded", "partial", "failed", "cancelled"]
 OLD_NAMES = {"gpt_type": "model", "maxTokenCount": "max_chunk_tokens"}
 FOREIGN_NAMES = {  # of the same things elsewhere; by their letters they are near to none, or to another setting
@@ -57,17 +60,20 @@ class JobSettingsBody(Body):
         None, description="The old name of `max_chunk_tokens`"
     )
     instructions: str | None = Field(
-        None, max_length=1_000_000, description="The system message of every task"
+        None, max_length=MAX_INSTRUCTIONS_LENGTH, description="The system message of every task"
     )
     template: str | None = Field(
         None,
         min_length=1,
-        max_length=1_000_000,
-        description="A prompt with {variables}; {{ and }} are braces. A task that is a text fills {text}",
+        max_length=MAX_TEMPLATE_LENGTH,
+        description="A prompt with {variables}; {{ and }} are braces. A task that is a text fills {text}; "
+        "filled, it may have MAX_JSON_BYTES",
         examples=["Translate to {lang}: {text}"],
     )
     max_output_tokens: int | None = Field(None, ge=1, le=1_000_000_000, description="The most of one answer")
-    response_format: ResponseFormat | None = Field(None, description="OpenAI's form; the answer stays a text")
+    response_format: ResponseFormat | None = Field(
+        None, description="OpenAI's form, up to 64 KiB of JSON; the answer stays a text"
+    )
     pack: bool | None = Field(
         None,
         description="Several short tasks a request (false): the instructions are sent once for all of them, and the "

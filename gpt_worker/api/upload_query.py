@@ -25,7 +25,7 @@ class UploadQuery(SubmitQuery, JobSettingsBody):
     model_config = ConfigDict(json_schema_extra=_without_examples)
 
     response_format: Annotated[ResponseFormat | None, JsonText] = Field(
-        None, description="OpenAI's form, as JSON; the answer stays a text"
+        None, description="OpenAI's form, as up to 64 KiB of JSON; the answer stays a text"
     )
     metadata: Annotated[Any, JsonText] = Field(
         None, description='Up to 16 texts by name, as JSON: {"batch": "42"}'

@@ -7,7 +7,7 @@ from typing import cast
 
 from sqlalchemy import CursorResult, Table, bindparam, delete, exists, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, defer
 
 from gpt_worker.domain import HIDDEN, UNFINISHED, VISIBLE, Caller, ErrorCode, JobStatus, TaskState, Usage
 from gpt_worker.models import DeliveryRow, IdempotencyRow, JobRow, TaskRow, UserRow
@@ -111,8 +111,8 @@ def list_jobs(
     before: str | None,
     limit: int,
 ) -> Sequence[JobRow]:
-    """Up to `limit` jobs, newest first, behind the cursor `before`: one's own, or everyone's."""
-    statement = select(JobRow).order_by(JobRow.id.desc()).limit(limit)
+    """Up to `limit` jobs without their settings, newest first, behind the cursor `before`: one's own, or everyone's."""
+    statement = select(JobRow).options(defer(JobRow.settings)).order_by(JobRow.id.desc()).limit(limit)
     statement = statement.where(JobRow.status == status if status else JobRow.status.not_in(HIDDEN))
     if not everyone:
         statement = statement.where(JobRow.owner_id == caller.user_id)

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ Found = list[tuple[str, Any]]
 
 PLAIN = JobSettings()
 TRANSLATE = JobSettings(template="Translate to {lang}: {text}")
+OFTEN = JobSettings(template="{text}" * 200)
 MARK = "s3cr3t"
 MAX_LINE_BYTES = 1000
 MAX_TASKS = 20
@@ -179,6 +181,32 @@ def test_csv_that_a_library_writes_is_read_as_it_was(
     assert [(task.id, task.prompt) for task in tasks] == [(id_, text + "!") for id_, text in rows]
 
 
+def test_csv_may_have_a_thousand_columns() -> None:
+    names = ["text", *(f"column {number}" for number in range(1, 1001))]
+
+    def read(columns: int) -> list[NewTask]:
+        raw = f"{','.join(names[:columns])}\n{'a,' * (columns - 1)}a\n"
+        return [*csv_tasks([raw.encode()], PLAIN, 1 << 20, MAX_TASKS)]
+
+    assert [task.prompt for task in read(1000)] == ["a"]
+    with pytest.raises(Invalid, match=r"^line\.1: .* at most 1000 columns$"):
+        read(1001)
+
+
+@pytest.mark.parametrize("header", ['"' + "x" * (1 << 20), '"' + 'x""' * (1 << 18)], ids=["open", "doubled"])
+def test_csv_header_takes_a_few_times_its_size_in_memory(header: str) -> None:
+    raw = header.encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadRequest, match="never closed"):
+            next(csv_tasks([raw], PLAIN, 1 << 21, MAX_TASKS))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak_bytes < 20 * len(raw)
+
+
 OK = b'{"text": "ok"}\n'
 
 
@@ -208,6 +236,8 @@ OK = b'{"text": "ok"}\n'
         (OK + b'{"id": "a", "text": "a"}\n{"id": "a", "text": "b"}', PLAIN, ("line", 3, "id")),
         (b'{"id": "1", "text": "a"}\n{"text": "b"}', PLAIN, ("line", 2, "id")),
         (OK + b'{"text": "a", "text": "s3cr3t"}', PLAIN, ("line", 2, "text")),
+        (b'{"text": "s3cr3"}\n{"text": "s3cr3t"}', OFTEN, ("line", 2)),
+        (b'{"vars": {"text": "s3cr3t"}}', OFTEN, ("line", 1)),
         (b"", PLAIN, ("file",)),
         (b"\n \n", PLAIN, ("file",)),
     ],
@@ -238,6 +268,7 @@ def test_jsonl_line_that_is_no_task_is_told(
         (b'id,text\nx,"two\nlines"\ny,\n', PLAIN, ("line", 4, "text")),
         (b'text\n""\n', PLAIN, ("line", 2, "text")),
         (b"id,text\nx,a\nx,s3cr3t\n", PLAIN, ("line", 3, "id")),
+        (b"text\ns3cr3\ns3cr3t\n", OFTEN, ("line", 3)),
         (b"id,text\n%s,a\n" % (b"i" * 201), PLAIN, ("line", 2, "id")),
     ],
 )

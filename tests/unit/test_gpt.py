@@ -73,7 +73,9 @@ def test_only_what_the_caller_set_is_sent() -> None:
 def test_everything_the_caller_set_is_sent() -> None:
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}
 
-    body = sent(temperature=0.0, max_output_tokens=7, response_format=form, name="max_completion_tokens")
+    body = sent(
+        temperature=0.0, max_output_tokens=7, response_format=json.dumps(form), name="max_completion_tokens"
+    )
 
     assert (body["temperature"], body["max_completion_tokens"], body["response_format"]) == (0.0, 7, form)
 
@@ -137,6 +139,10 @@ def test_template_is_filled(template: str, variables: dict[str, Any], text: str)
 def test_broken_template_is_refused(template: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         template_parts(template)
+
+
+def test_template_is_parsed_once_for_many_tasks() -> None:
+    assert template_parts("Translate to {lang}: {text}") is template_parts("Translate to {lang}: {text}")
 
 
 def test_variables_reach_no_attributes() -> None:
@@ -629,7 +635,7 @@ def test_pack_is_one_request_of_numbered_tasks() -> None:
         "model": MODEL,
         "temperature": 0.5,
         "max_tokens": 2 * (7 + 16),
-        "response_format": RESPONSE_FORMAT,
+        "response_format": json.loads(RESPONSE_FORMAT),
     }
 
 

@@ -10,7 +10,9 @@ from config import Settings
 from gpt_worker.api.job_body import read_job
 from gpt_worker.domain import DeliveryMode, JobSettings, NewTask
 from gpt_worker.errors import Invalid, TooLarge
+from gpt_worker.gpt import prompt_text
 from gpt_worker.jobs import JobRequest
+from gpt_worker.splitting import estimate_prompt
 from tests import factories
 
 ALL_SETTINGS = {
@@ -93,6 +95,45 @@ def test_estimate_counts_template_and_instructions(service: Settings) -> None:
     (full,) = tasks(service, ["a" * 400], template="b" * 400 + "{text}", instructions="c" * 800)
 
     assert (plain.tokens, full.tokens) == (104, 404)
+
+
+@pytest.mark.parametrize(
+    ("template", "task"),
+    [
+        ("{text}" * 1000, "a" * 600),
+        ("{text}" * 1000, "ї"),
+        (
+            "їжак {{}} {a} {a}, {n}; {yes}",
+            {"vars": {"a": "ґанок", "n": -1.5, "yes": True, "unused": "x" * 1000}},
+        ),
+        ("nothing of it", "a" * 400),
+        ("{text}", "a"),
+    ],
+)
+def test_estimate_is_of_the_filled_template(service: Settings, template: str, task: Any) -> None:
+    (read_task,) = tasks(service, [task], template=template)
+
+    filled = prompt_text(JobSettings(template=template), read_task.prompt)
+    assert read_task.tokens == estimate_prompt(filled)
+
+
+def test_filled_template_may_be_as_large_as_json(tmp_path: Path) -> None:
+    service = factories.settings(data_dir=tmp_path, MAX_JSON_BYTES="1024")
+    settings = {"template": "{a}" * 255 + "{b}"}
+
+    read(service, [{"vars": {"a": "ї", "b": "b" * 514}}], settings=settings)
+
+    with pytest.raises(Invalid, match=r"^data\.x: .* more than 1024 bytes \(MAX_JSON_BYTES\)$"):
+        read(service, {"x": {"vars": {"a": "ї", "b": "b" * 515}}}, settings=settings)
+
+
+def test_messages_pass_a_large_template_by(tmp_path: Path) -> None:
+    service = factories.settings(data_dir=tmp_path, MAX_JSON_BYTES="1024")
+    messages = [{"role": "user", "content": "a" * 40}]
+
+    (task,) = tasks(service, [{"messages": messages}], template="x" * 2000 + "{text}")
+
+    assert (task.prompt, task.tokens) == (messages, estimate_prompt(messages))
 
 
 def test_task_as_large_as_the_limit_allows_is_taken(service: Settings) -> None:
@@ -178,7 +219,7 @@ def test_every_setting_is_taken(service: Settings) -> None:
     assert (request.model, request.delivery) == ("gpt-x", DeliveryMode.WEBHOOK)
     assert request.settings.to_json() == {
         name: ALL_SETTINGS[name] for name in ALL_SETTINGS if name != "model"
-    }
+    } | {"response_format": '{"type":"json_object"}'}  # a text, since it stays in memory with the job
 
 
 def test_pack_is_taken(service: Settings) -> None:
@@ -246,6 +287,30 @@ def test_embedded_model_answers_whatever_is_asked_for(service: Settings) -> None
 )
 def test_bad_setting_is_named(service: Settings, name: str, value: Any) -> None:
     assert places(service, settings={name: value})[0][:2] == ("settings", name)
+
+
+def form_of(size_bytes: int) -> dict[str, str]:
+    """A response_format that is so long as JSON text."""
+    empty = '{"type":"text","ї":"їїї"}'.encode()
+    return {"type": "text", "ї": "їїї" + "a" * (size_bytes - len(empty))}
+
+
+@pytest.mark.parametrize(
+    ("name", "longest", "too_long", "limit"),
+    [
+        ("instructions", "a" * 100_000, "a" * 100_001, "100000 characters"),
+        ("template", "{text}" + "a" * 99_994, "{text}" + "a" * 99_995, "100000 characters"),
+        ("response_format", form_of(64 << 10), form_of((64 << 10) + 1), "65536 bytes"),
+    ],
+)
+def test_what_stays_in_memory_with_the_job_is_bounded(
+    service: Settings, name: str, longest: Any, too_long: Any, limit: str
+) -> None:
+    read(service, settings={name: longest})
+
+    with pytest.raises((Invalid, ValidationError), match=limit):
+        read(service, settings={name: too_long})
+    assert places(service, settings={name: too_long}) == [("settings", name)]
 
 
 @pytest.mark.parametrize(

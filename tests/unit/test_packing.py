@@ -62,7 +62,7 @@ def test_what_the_caller_did_not_set_is_not_sent() -> None:
 
 
 def test_form_of_the_reply_is_strict() -> None:
-    form: Any = RESPONSE_FORMAT["json_schema"]
+    form: Any = json.loads(RESPONSE_FORMAT)["json_schema"]
 
     assert form["strict"] is True
     assert schema_fault(form["schema"]) is None
