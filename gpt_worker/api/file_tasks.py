@@ -19,6 +19,7 @@ from gpt_worker.errors import Invalid, TooLarge
 from gpt_worker.gpt import template_parts
 
 DELIMITERS = ",;\t"  # when a header has as many of one as of another, the first counts
+MAX_COLUMNS = 1000
 QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 SHAPES = frozenset(names for form in TASK_FORMS for names in ((form,), ("id", form), (form, "id")))
@@ -125,8 +126,7 @@ def _csv_rows(lines: FileLines, settings: JobSettings, max_row_bytes: int) -> It
     while (cells := _next_row(rows, feed)) is not None:
         line = feed.first_line
         if header is None:
-            header = [name.strip() for name in cells]
-            _check_header(header, settings, line)
+            header = _read_header(cells, settings, line)
             continue
         if len(cells) != len(header):
             raise Invalid.at(f"has {len(cells)} cells, and the header has {len(header)}", "line", line)
@@ -149,21 +149,27 @@ def _next_row(rows: Iterator[list[str]], feed: "_RowFeed") -> list[str] | None:
         raise BadRequest(f"The row that begins on line {feed.first_line} {what}.") from error
 
 
-def _check_header(header: list[str], settings: JobSettings, line: int) -> None:
+def _read_header(cells: list[str], settings: JobSettings, line: int) -> list[str]:
+    if len(cells) > MAX_COLUMNS:
+        raise Invalid.at(f"the header may have at most {MAX_COLUMNS} columns", "line", line)
+    header = [name.strip() for name in cells]
+    names: set[str] = set()
     for index, name in enumerate(header):
         if not name:
             raise Invalid.at(f"column {index + 1} of the header has no name", "line", line)
-        if name in header[:index]:
+        if name in names:
             raise Invalid.at("two columns have this name", "line", line, name)
+        names.add(name)
     if settings.template is None:
-        if "text" not in header:
+        if "text" not in names:
             raise Invalid.at(
                 "this column is missing: without a template it is the task", "line", line, "text"
             )
-        return
+        return header
     for _, variable in template_parts(settings.template):
-        if variable is not None and variable not in header:
+        if variable is not None and variable not in names:
             raise Invalid.at("this column is missing: the template needs it", "line", line, variable)
+    return header
 
 
 class _RowFeed:

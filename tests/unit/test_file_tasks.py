@@ -180,6 +180,18 @@ def test_csv_that_a_library_writes_is_read_as_it_was(
     assert [(task.id, task.prompt) for task in tasks] == [(id_, text + "!") for id_, text in rows]
 
 
+def test_csv_may_have_a_thousand_columns() -> None:
+    names = ["text", *(f"column {number}" for number in range(1, 1001))]
+
+    def read(columns: int) -> list[NewTask]:
+        raw = f"{','.join(names[:columns])}\n{'a,' * (columns - 1)}a\n"
+        return [*csv_tasks([raw.encode()], PLAIN, 1 << 20, MAX_TASKS)]
+
+    assert [task.prompt for task in read(1000)] == ["a"]
+    with pytest.raises(Invalid, match=r"^line\.1: .* at most 1000 columns$"):
+        read(1001)
+
+
 OK = b'{"text": "ok"}\n'
 
 
