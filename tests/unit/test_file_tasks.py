@@ -2,6 +2,7 @@
 
 import csv
 import io
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -190,6 +191,20 @@ def test_csv_may_have_a_thousand_columns() -> None:
     assert [task.prompt for task in read(1000)] == ["a"]
     with pytest.raises(Invalid, match=r"^line\.1: .* at most 1000 columns$"):
         read(1001)
+
+
+@pytest.mark.parametrize("header", ['"' + "x" * (1 << 20), '"' + 'x""' * (1 << 18)], ids=["open", "doubled"])
+def test_csv_header_takes_a_few_times_its_size_in_memory(header: str) -> None:
+    raw = header.encode()
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadRequest, match="never closed"):
+            next(csv_tasks([raw], PLAIN, 1 << 21, MAX_TASKS))
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak_bytes < 20 * len(raw)
 
 
 OK = b'{"text": "ok"}\n'
