@@ -20,9 +20,8 @@ from gpt_worker.gpt import template_parts
 
 DELIMITERS = ",;\t"  # when a header has as many of one as of another, the first counts
 MAX_COLUMNS = 1000
-QUOTED = re.compile(
-    r'"[^"]*"'
-)  # of a cell with "" in it, two; a pattern for the whole takes memory by the letter
+# Of a cell with "" in it, two: a pattern for the whole takes memory by the letter.
+QUOTED = re.compile(r'"[^"]*"')
 
 SHAPES = frozenset(names for form in TASK_FORMS for names in ((form,), ("id", form), (form, "id")))
 
