@@ -20,6 +20,7 @@ from config import OPENAI_BASE_URL
 from gpt_worker.backoff import Problem, ProblemKind
 from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage
 from gpt_worker.limit_headers import UNIT_S, LimitHeaders, parse_duration_s, read_headers
+from gpt_worker.marks import Marks
 from gpt_worker.packing import (
     TOKEN_LIMIT_NAMES,
     names_the_form,
@@ -79,7 +80,7 @@ class Endpoint:
     """One key's way to its endpoint."""
 
     def __init__(
-        self, transport: Transport, secret: str, token_limit_names: dict[tuple[str, str], str]
+        self, transport: Transport, secret: str, token_limit_names: Marks[tuple[str, str], str]
     ) -> None:
         self._transport = transport
         self._secret = secret

@@ -13,6 +13,7 @@ from gpt_worker.domain import Answer, Failure, Outcome, Usage
 from gpt_worker.fair_queue import JobRun, QueuedTask
 from gpt_worker.gpt import AnyReply
 from gpt_worker.lanes import Lane, QuotaGroup
+from gpt_worker.marks import Marks
 from gpt_worker.packing import halves, share, smaller_may_do
 from gpt_worker.rate_limit import Limiter, Reservation
 
@@ -47,7 +48,9 @@ class Settling:
         self._wake = wake
         self._jitter = jitter
         self._groups: dict[tuple[str, str, str], QuotaGroup] = {}
-        self._unpackable: dict[tuple[str, str], float] = {}  # (base URL, model) → when packs are tried again
+        self._unpackable: Marks[tuple[str, str], float] = (
+            Marks()
+        )  # (base URL, model) → when packs are tried again
         self.aborted = False  # calls that fail now were cut by us
 
     def packs(self, lane: Lane, job: JobRun, now_s: float) -> bool:
