@@ -19,7 +19,7 @@ import jiter
 from config import OPENAI_BASE_URL
 from gpt_worker.backoff import Problem, ProblemKind
 from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage
-from gpt_worker.limit_headers import UNIT_S, LimitHeaders, parse_duration_s, read_headers
+from gpt_worker.limit_headers import UNIT_S, LimitHeaders, parse_duration_s, read_group_name, read_headers
 from gpt_worker.marks import Marks
 from gpt_worker.packing import (
     TOKEN_LIMIT_NAMES,
@@ -211,7 +211,8 @@ def template_parts(template: str) -> list[tuple[str, str | None]]:
 def read_reply(raw: RawReply, secret: str) -> Reply[Answer]:
     """Turn a reply into an answer or a problem."""
     limits = read_headers(raw.headers)
-    organization, project = raw.headers.get("openai-organization"), raw.headers.get("openai-project")
+    organization = read_group_name(raw.headers, "openai-organization")
+    project = read_group_name(raw.headers, "openai-project")
     parsed = _parsed(raw.body)
     if raw.status != 200:
         problem = _problem(raw.status, _error_of(parsed), limits.retry_after_s, secret)

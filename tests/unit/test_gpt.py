@@ -191,6 +191,12 @@ def test_headers_tell_whose_quota_it_was() -> None:
     assert (reply.organization, reply.project) == ("acme", "proj_1")
 
 
+def test_quota_that_has_no_possible_name_is_nobodys() -> None:
+    reply = read(completion(), headers={"openai-organization": "x" * 100_000, "openai-project": "proj_1"})
+
+    assert (reply.organization, reply.project) == (None, "proj_1")
+
+
 @pytest.mark.parametrize(
     ("body", "answer"),
     [
