@@ -19,6 +19,7 @@ from gpt_worker.janitor import Janitor
 from gpt_worker.jobs import Jobs
 from gpt_worker.keys import KeyBoard
 from gpt_worker.lanes import Lane
+from gpt_worker.marks import Marks
 from gpt_worker.modes import ModeBoard
 from gpt_worker.owner import Owner
 from gpt_worker.ownership import LOCK_NAME, check_driver
@@ -101,7 +102,7 @@ def assemble(settings: Settings) -> Flask:
 
 def make_lanes(settings: Settings, keys: Sequence[ApiKey], lock: threading.Lock) -> list[Lane]:
     """A lane for each key; those of the embedded model get their endpoint when it has started."""
-    token_limit_names: dict[tuple[str, str], str] = {}
+    token_limit_names: Marks[tuple[str, str], str] = Marks()
     bursts: dict[str, dict[str, Bursts]] = {}  # what the keys of one endpoint teach each other
     lanes: list[Lane] = []
     for key in keys:
@@ -132,7 +133,7 @@ def make_embedded(
     def on_ready(base_url: str) -> None:
         for lane, key in zip(dispatcher.lanes, keys, strict=True):
             transport = Transport(base_url, EMBEDDED_THREADS, loopback_only=True)
-            dispatcher.lane_up(lane, Endpoint(transport, key.secret, {}), base_url)
+            dispatcher.lane_up(lane, Endpoint(transport, key.secret, Marks()), base_url)
 
     def on_down(reason: str) -> None:
         for lane in dispatcher.lanes:

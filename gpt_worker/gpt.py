@@ -19,7 +19,8 @@ import jiter
 from config import OPENAI_BASE_URL
 from gpt_worker.backoff import Problem, ProblemKind
 from gpt_worker.domain import Answer, ErrorCode, JobSettings, Prompt, Usage, compact_json
-from gpt_worker.limit_headers import UNIT_S, LimitHeaders, parse_duration_s, read_headers
+from gpt_worker.limit_headers import UNIT_S, LimitHeaders, parse_duration_s, read_group_name, read_headers
+from gpt_worker.marks import Marks
 from gpt_worker.packing import (
     TOKEN_LIMIT_NAMES,
     names_the_form,
@@ -80,7 +81,7 @@ class Endpoint:
     """One key's way to its endpoint."""
 
     def __init__(
-        self, transport: Transport, secret: str, token_limit_names: dict[tuple[str, str], str]
+        self, transport: Transport, secret: str, token_limit_names: Marks[tuple[str, str], str]
     ) -> None:
         self._transport = transport
         self._secret = secret
@@ -213,7 +214,8 @@ def template_parts(template: str) -> tuple[tuple[str, str | None], ...]:
 def read_reply(raw: RawReply, secret: str) -> Reply[Answer]:
     """Turn a reply into an answer or a problem."""
     limits = read_headers(raw.headers)
-    organization, project = raw.headers.get("openai-organization"), raw.headers.get("openai-project")
+    organization = read_group_name(raw.headers, "openai-organization")
+    project = read_group_name(raw.headers, "openai-project")
     parsed = _parsed(raw.body)
     if raw.status != 200:
         problem = _problem(raw.status, _error_of(parsed), limits.retry_after_s, secret)

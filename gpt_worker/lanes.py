@@ -16,6 +16,7 @@ from config import ApiKey
 from gpt_worker.backoff import Problem, ProblemKind, backoff_s
 from gpt_worker.domain import utc_now
 from gpt_worker.gpt import Endpoint
+from gpt_worker.marks import Marks
 from gpt_worker.rate_limit import Bursts, Limiter
 
 T = TypeVar("T")
@@ -70,7 +71,7 @@ class QuotaGroup:
     exhausted_in_a_row: int = 0
     probe_sent_at_s: float | None = None  # the one call that tries whether there is quota again
     next_probe_s: float = 0.0
-    missing_models: dict[str, float] = field(default_factory=dict)  # model → when it is tried again
+    missing_models: Marks[str, float] = field(default_factory=Marks)  # model → when it is tried again
 
     def limiter(self, model: str) -> Limiter:
         limiter = self.limiters.get(model)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+MAX_GROUP_NAME = 200
 UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 
 
@@ -51,6 +52,12 @@ def read_headers(headers: Mapping[str, str]) -> LimitHeaders:
         tokens=_read_limit(headers, "tokens"),
         retry_after_s=retry_after_ms / 1000 if retry_after_ms is not None else retry_after_s,
     )
+
+
+def read_group_name(headers: Mapping[str, str], header: str) -> str | None:
+    """An organisation or project as a reply's header names it; one that can be no name counts as silence."""
+    name = headers.get(header)
+    return name if name is not None and len(name) <= MAX_GROUP_NAME and name.isprintable() else None
 
 
 def _read_limit(headers: Mapping[str, str], name: str) -> Limit | None:

@@ -13,12 +13,14 @@ from gpt_worker.domain import Answer, Failure, Outcome, Usage
 from gpt_worker.fair_queue import JobRun, QueuedTask
 from gpt_worker.gpt import AnyReply
 from gpt_worker.lanes import Lane, QuotaGroup
+from gpt_worker.marks import Marks
 from gpt_worker.packing import halves, share, smaller_may_do
 from gpt_worker.rate_limit import Limiter, Reservation
 
 log = logging.getLogger(__name__)
 
 UNPACKABLE_S = 3600.0
+PAST_GROUPS = 16
 
 
 @dataclass(slots=True)
@@ -47,7 +49,9 @@ class Settling:
         self._wake = wake
         self._jitter = jitter
         self._groups: dict[tuple[str, str, str], QuotaGroup] = {}
-        self._unpackable: dict[tuple[str, str], float] = {}  # (base URL, model) → when packs are tried again
+        self._unpackable: Marks[tuple[str, str], float] = (
+            Marks()
+        )  # (base URL, model) → when packs are tried again
         self.aborted = False  # calls that fail now were cut by us
 
     def packs(self, lane: Lane, job: JobRun, now_s: float) -> bool:
@@ -132,13 +136,22 @@ class Settling:
             return
         key = (lane.base_url, reply.organization, reply.project)
         name = f"{reply.organization}/{reply.project}"
-        own = lane.group if lane.group.name in (None, name) else QuotaGroup(lane.group.bursts)
-        group = self._groups.setdefault(key, own)
+        group = self._groups.get(key)
+        if group is None:
+            self._make_room_for_group()
+            group = lane.group if lane.group.name is None else QuotaGroup(lane.group.bursts)
+            self._groups[key] = group
         group.name = name
         if lane.group is not group:
             if lane.group.name is None:
                 group.absorb(lane.group)
             lane.group = group
+
+    def _make_room_for_group(self) -> None:
+        """A reply may name any group: of those that no lane belongs to any more, keep a few."""
+        if len(self._groups) >= len(self._lanes) + PAST_GROUPS:
+            present = {lane.group for lane in self._lanes}
+            del self._groups[next(key for key, group in self._groups.items() if group not in present)]
 
     def _could_take(self, lane: Lane, job: JobRun, task: QueuedTask, now_s: float) -> bool:
         """Whether it is not known that this key can never answer the task."""

@@ -295,6 +295,12 @@ class Service:
                 raise TimeoutError(f"not so after {timeout_s} s\n{self.stderr()[-10_000:]}")
             time.sleep(0.02)
 
+    def free_places(self) -> int:
+        """How many more requests may be held open now."""
+        text = self.get("/metrics").text
+        line = next(line for line in text.splitlines() if line.startswith("gpt_worker_held_places_free "))
+        return int(float(line.rpartition(" ")[2]))
+
     def _token(self, token: str | Default | None) -> str | None:
         return self.admin if isinstance(token, Default) else token
 

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from flask import Response, request, stream_with_context
+from flask import Response, jsonify, request, stream_with_context
 from flask_openapi3.blueprint import APIBlueprint
 from flask_openapi3.models.tag import Tag
 
@@ -19,6 +19,7 @@ from gpt_worker.api import examples, schemas
 from gpt_worker.api import job_schemas as shapes
 from gpt_worker.api.access import by_link, caller, holder, token_id
 from gpt_worker.api.context import client_left, service
+from gpt_worker.api.sending import hold_place, in_place
 from gpt_worker.api.upload_query import UploadQuery
 from gpt_worker.api.uploads import Received, receive
 from gpt_worker.domain import DeliveryMode, JobStatus, utc_now
@@ -106,18 +107,18 @@ api = APIBlueprint(
 
 
 @api.post("/jobs", **SUBMIT)
-def submit(query: UploadQuery) -> Json | Answer:
+def submit(query: UploadQuery) -> Json | Answer | Response:
     """Submit a job."""
     return _submit(query)
 
 
 @api.post("/task", **{**SUBMIT, "summary": "Submit a job, under its old name"})
-def submit_task(query: UploadQuery) -> Json | Answer:
+def submit_task(query: UploadQuery) -> Json | Answer | Response:
     """The same as POST /jobs."""
     return _submit(query)
 
 
-def _submit(query: UploadQuery) -> Json | Answer:
+def _submit(query: UploadQuery) -> Json | Answer | Response:
     dry_run = query.dry_run == "true"
     key = None if dry_run else _idempotency_key()
     if not dry_run:
@@ -137,7 +138,7 @@ def _submit(query: UploadQuery) -> Json | Answer:
     summary="One's own jobs",
     responses={200: schemas.answer("A page of jobs", shapes.JobsReply), **schemas.problems(403)},
 )
-def list_jobs(query: shapes.JobsQuery) -> Json:
+def list_jobs(query: shapes.JobsQuery) -> Response:
     """Newest first, without results."""
     everyone = query.all == "true"
     if everyone and not caller().is_admin:
@@ -147,20 +148,26 @@ def list_jobs(query: shapes.JobsQuery) -> Json:
         caller(), everyone=everyone, status=status, before=query.cursor, limit=query.limit + 1
     )
     page = jobs[: query.limit]
-    return {
-        "data": _render_list(page),
-        "next_cursor": page[-1].id if len(jobs) > query.limit else None,
-    }
+    return in_place(
+        {
+            "data": _render_list(page),
+            "next_cursor": page[-1].id if len(jobs) > query.limit else None,
+        }
+    )
 
 
 @api.get(
     "/jobs/<id>",
     summary="A job",
+    description="As it stands now. Over 64 KiB it takes a place, as downloads do: 503 while there is none.",
     responses={200: schemas.answer("The job", shapes.JobReply)},
 )
-def get_job(path: schemas.IdPath, query: shapes.JobQuery) -> Json:
+def get_job(path: schemas.IdPath, query: shapes.JobQuery) -> Json | Response:
     """The job as it stands now."""
-    return _render(service().jobs.find(caller(), path.id), with_results=query.results == "true")
+    job = service().jobs.find(caller(), path.id)
+    if query.results == "false":
+        return _render(job, with_results=False)
+    return in_place(_render(job, with_results=True))
 
 
 @api.get(
@@ -198,8 +205,7 @@ def get_results(path: schemas.IdPath, query: shapes.ResultsQuery) -> Response:
         job = parts.jobs.find(caller(), path.id)
     mimetype, render = RESULT_FORMS[query.format]
     with ExitStack() as until_sent:
-        if not until_sent.enter_context(parts.places.hold(holder())):
-            raise Unavailable("Too many downloads at once.", 5)
+        hold_place(until_sent)
         stored = parts.result_files.find(job) if query.format == "jsonl" else None
         if stored is not None:
             reply = _from_file(stored, mimetype)
@@ -241,7 +247,10 @@ def _unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:
     summary="Cancel or delete a job",
     description="Cancelled: nothing new is sent; calls in flight still land and are kept. `?purge=true`: gone.",
     responses={
-        200: schemas.answer("The cancelled job, or the finished one as it was", shapes.JobReply),
+        200: schemas.answer(
+            "The cancelled job, or the finished one as it was; without large results where every place is taken",
+            shapes.JobReply,
+        ),
         204: None,
         **schemas.problems(507),
     },
@@ -253,7 +262,7 @@ def cancel_job(path: schemas.IdPath, query: shapes.PurgeQuery) -> Json | Respons
         jobs.purge(caller(), path.id)
         return Response(status=204)
     jobs.cancel(caller(), path.id)
-    return _render(jobs.find(caller(), path.id), with_results=True)
+    return _done(jobs.find(caller(), path.id))
 
 
 @api.post(
@@ -261,7 +270,10 @@ def cancel_job(path: schemas.IdPath, query: shapes.PurgeQuery) -> Json | Respons
     summary="Ask the tasks without an answer again",
     description="Ends in a new webhook. 200, unchanged, if there is nothing to retry.",
     responses={
-        200: schemas.answer("The job, unchanged: there is nothing to retry", shapes.JobReply),
+        200: schemas.answer(
+            "The job, unchanged, as there is nothing to retry; without large results where every place is taken",
+            shapes.JobReply,
+        ),
         202: schemas.answer("The job in its next run, without results", shapes.JobReply, "Location"),
         **schemas.problems(409, 429, 507, *schemas.BODY_PROBLEMS),
     },
@@ -272,14 +284,22 @@ def cancel_job(path: schemas.IdPath, query: shapes.PurgeQuery) -> Json | Respons
         }
     },
 )
-def retry_job(path: schemas.IdPath) -> Json | Answer:
+def retry_job(path: schemas.IdPath) -> Json | Answer | Response:
     """Retry a job."""
     has_body = bool(request.content_length or request.headers.get("Transfer-Encoding"))
     body = shapes.RetryBody.model_validate(request.get_json() if has_body else {})
     jobs = service().jobs
     if not jobs.retry(caller(), path.id, body.codes, _still_admitted()):
-        return _render(jobs.find(caller(), path.id), with_results=True)
+        return _done(jobs.find(caller(), path.id))
     return _accepted(jobs.find(caller(), path.id))
+
+
+def _done(job: JobRow) -> Json | Response:
+    """The job to which something was done; where its results are large and every place is taken, without them."""
+    try:
+        return in_place(_render(job, with_results=True))
+    except Unavailable:
+        return _render(job, with_results=False)
 
 
 def _render(job: JobRow, *, with_results: bool) -> Json:
@@ -304,15 +324,19 @@ def _accepted(job: JobRow) -> Answer:
     return _render(job, with_results=False), 202, {"Location": f"/jobs/{job.id}"}
 
 
-def _wait_for(job_id: str, wait_s: float | None, replayed: bool) -> Answer:
-    """The finished job if it ends in time, else 202."""
+def _wait_for(job_id: str, wait_s: float | None, replayed: bool) -> Answer | Response:
+    """The finished job if it ends in time, else 202. The place of the wait is held until the finished job is sent."""
     parts = service()
     extra = {"Idempotency-Replayed": "true"} if replayed else {}
     job = _own(job_id)
     if job.delivery == DeliveryMode.INLINE and wait_s is not None:
-        with parts.places.hold(holder()) as held:
+        with ExitStack() as until_sent:
+            held = until_sent.enter_context(parts.places.hold(holder()))
             if held and parts.jobs.wait(job_id, wait_s, client_left()):
-                return _render(_own(job_id), with_results=True), 200, extra
+                finished = jsonify(_render(_own(job_id), with_results=True))
+                finished.headers.update(extra)
+                finished.call_on_close(until_sent.pop_all().close)
+                return finished
         job = _own(job_id)
     reply, status, headers = _accepted(job)
     return reply, status, {**headers, **extra}

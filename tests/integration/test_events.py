@@ -86,15 +86,9 @@ def submit(service: Service, tasks: int = 2, token: str | None = None) -> str:
     return str(reply.json()["id"])
 
 
-def free_places(service: Service) -> int:
-    text = service.get("/metrics", service.admin).text
-    line = next(line for line in text.splitlines() if line.startswith("gpt_worker_held_places_free "))
-    return int(float(line.rpartition(" ")[2]))
-
-
 def wait_for_places(service: Service, free: int, timeout_s: float) -> None:
     deadline_s = time.monotonic() + timeout_s
-    while (now := free_places(service)) != free:
+    while (now := service.free_places()) != free:
         assert time.monotonic() < deadline_s, f"{now} places are free"
         time.sleep(0.02)
 

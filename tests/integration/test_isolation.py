@@ -1,7 +1,6 @@
 """Who sees what: users apart from each other, admins, and the anonymous user of a closed network."""
 
 import json
-import re
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -236,23 +235,17 @@ def delete(service: Service, token: str) -> None:
 ENDINGS = [log_out, change_password, disable, delete]
 
 
-def free_places(service: Service) -> int:
-    found = re.search(r"^gpt_worker_held_places_free (\d+)", service.get("/metrics").text, re.MULTILINE)
-    assert found
-    return int(found[1])
-
-
 @contextmanager
 def half_sent(
     service: Service, body: bytes, *head: str, is_upload: bool = True
 ) -> Iterator[Callable[[], tuple[int, bytes]]]:
     """A request of which half is sent, and that is let in; the call sends the rest, and gives status and body."""
-    places = free_places(service)
+    places = service.free_places()
     lines = [*head, "Host: x", f"Content-Length: {len(body)}", "Connection: close", "", ""]
     with socket.create_connection(("127.0.0.1", service.port), timeout=30) as client:
         client.sendall("\r\n".join(lines).encode() + body[: len(body) // 2])
         if is_upload:
-            service.wait_until(lambda: free_places(service) < places)
+            service.wait_until(lambda: service.free_places() < places)
         else:
             service.login(ADMIN_EMAIL)  # which takes far longer than to be let in
 

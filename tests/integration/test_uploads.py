@@ -2,7 +2,6 @@
 
 import contextlib
 import gzip
-import re
 import socket
 import sqlite3
 import time
@@ -496,16 +495,10 @@ def test_upload_that_ends_at_a_line_but_too_early_is_no_job(service: Service) ->
     assert reply.startswith(b"HTTP/1.1 400")
 
 
-def free_places(service: Service) -> int:
-    found = re.search(r"^gpt_worker_held_places_free (\d+)", service.get("/metrics").text, re.MULTILINE)
-    assert found
-    return int(found[1])
-
-
 @pytest.mark.usefixtures("nothing_stays")
 @pytest.mark.parametrize("kind", [JSONL, "application/json"])
 def test_uploads_over_the_budget_are_told_to_come_back(service: Service, kind: str) -> None:
-    wait_until(lambda: free_places(service) == Places().total)
+    wait_until(lambda: service.free_places() == Places().total)
     head = request_head(service, 100_000).replace(JSONL.encode(), kind.encode())
     with contextlib.ExitStack() as held:
         clients = [
@@ -514,12 +507,12 @@ def test_uploads_over_the_budget_are_told_to_come_back(service: Service, kind: s
         ]
         with ThreadPoolExecutor(8) as pool:
             [*pool.map(lambda client: client.sendall(head), clients)]
-        wait_until(lambda: free_places(service) == Places().total - Places().most_each)
+        wait_until(lambda: service.free_places() == Places().total - Places().most_each)
 
         reply = upload(service, TWO, params=DRY_RUN)
 
         assert_problem(reply, 503)
         assert int(reply.headers["Retry-After"]) > 0
         assert service.get("/healthz").status_code == 200
-    wait_until(lambda: free_places(service) == Places().total)
+    wait_until(lambda: service.free_places() == Places().total)
     assert upload(service, TWO, params=DRY_RUN).status_code == 200

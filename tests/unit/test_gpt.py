@@ -21,6 +21,7 @@ from gpt_worker.gpt import (
     request_body,
     template_parts,
 )
+from gpt_worker.marks import Marks
 from gpt_worker.packing import INSTRUCTION, RESPONSE_FORMAT
 from gpt_worker.reply_body import Budget
 from gpt_worker.transport import (
@@ -194,6 +195,12 @@ def test_headers_tell_whose_quota_it_was() -> None:
     reply = read(completion(), headers={"openai-organization": "acme", "openai-project": "proj_1"})
 
     assert (reply.organization, reply.project) == ("acme", "proj_1")
+
+
+def test_quota_that_has_no_possible_name_is_nobodys() -> None:
+    reply = read(completion(), headers={"openai-organization": "x" * 100_000, "openai-project": "proj_1"})
+
+    assert (reply.organization, reply.project) == (None, "proj_1")
 
 
 @pytest.mark.parametrize(
@@ -455,7 +462,7 @@ def ask(endpoint: Endpoint, **settings: Any) -> Reply[Answer]:
     ],
 )
 def test_trouble_on_the_way_is_a_problem(error: TransportError, kind: ProblemKind, code: ErrorCode) -> None:
-    result = ask(Endpoint(Wire(error), SECRET, {})).result
+    result = ask(Endpoint(Wire(error), SECRET, Marks())).result
 
     assert isinstance(result, Problem)
     assert (result.kind, result.code) == (kind, code)
@@ -468,13 +475,13 @@ def test_trouble_on_the_way_is_a_problem(error: TransportError, kind: ProblemKin
 def test_token_limit_has_the_name_that_its_host_takes(base_url: str, name: str) -> None:
     wire = Wire(GOOD, base_url=base_url)
 
-    ask(Endpoint(wire, SECRET, {}), max_output_tokens=7)
+    ask(Endpoint(wire, SECRET, Marks()), max_output_tokens=7)
 
     assert wire.bodies[0][name] == 7
 
 
 def test_token_limit_is_renamed_once_and_that_is_remembered_for_every_key() -> None:
-    names: dict[tuple[str, str], str] = {}
+    names: Marks[tuple[str, str], str] = Marks()
     first, second = Wire(refuses("max_tokens"), GOOD), Wire(GOOD)
 
     refused = ask(Endpoint(first, SECRET, names), max_output_tokens=7).result
@@ -485,8 +492,18 @@ def test_token_limit_is_renamed_once_and_that_is_remembered_for_every_key() -> N
     assert second.bodies[0]["max_completion_tokens"] == 7
 
 
+def test_token_limits_names_of_models_that_callers_made_up_are_forgotten() -> None:
+    names: Marks[tuple[str, str], str] = Marks(most=10)
+
+    for number in range(100):
+        endpoint = Endpoint(Wire(refuses("max_tokens")), SECRET, names)
+        endpoint.ask(f"made up {number}", JobSettings(max_output_tokens=7), "Say hello", 5.0)
+
+    assert len(names) == 10
+
+
 def test_calls_in_flight_while_the_name_is_learned_go_again_too() -> None:
-    names: dict[tuple[str, str], str] = {}
+    names: Marks[tuple[str, str], str] = Marks()
 
     class Meanwhile(Wire):
         def post(self, path: str, headers: Any, body: bytes, deadline_s: float) -> RawReply:
@@ -500,7 +517,7 @@ def test_calls_in_flight_while_the_name_is_learned_go_again_too() -> None:
 
 
 def test_endpoint_that_refuses_both_names_is_not_asked_for_ever() -> None:
-    endpoint = Endpoint(Wire(refuses("max_tokens"), refuses("max_completion_tokens")), SECRET, {})
+    endpoint = Endpoint(Wire(refuses("max_tokens"), refuses("max_completion_tokens")), SECRET, Marks())
 
     kinds = []
     for _ in range(3):
@@ -512,7 +529,7 @@ def test_endpoint_that_refuses_both_names_is_not_asked_for_ever() -> None:
 
 
 def test_two_endpoints_of_one_host_learn_apart() -> None:
-    names: dict[tuple[str, str], str] = {}
+    names: Marks[tuple[str, str], str] = Marks()
     ask(
         Endpoint(Wire(refuses("max_tokens"), base_url="http://127.0.0.1:9/v1"), SECRET, names),
         max_output_tokens=7,
@@ -526,7 +543,7 @@ def test_two_endpoints_of_one_host_learn_apart() -> None:
 
 def test_other_refusals_do_not_rename_the_token_limit() -> None:
     body = b'{"error": {"message": "bad temperature", "param": "temperature", "code": "invalid_value"}}'
-    names: dict[tuple[str, str], str] = {}
+    names: Marks[tuple[str, str], str] = Marks()
 
     result = ask(
         Endpoint(Wire(factories.raw_reply(status=400, body=body)), SECRET, names), max_output_tokens=7
@@ -556,7 +573,7 @@ class Models(Transport):
 
 
 def check(*says: RawReply | TransportError) -> KeyCheck:
-    return Endpoint(Models(*says), SECRET, {}).check()
+    return Endpoint(Models(*says), SECRET, Marks()).check()
 
 
 MODELS = factories.raw_reply(body=b'{"object": "list", "data": [{"id": "gpt-4o-mini", "object": "model"}]}')
@@ -612,7 +629,9 @@ def packed(*answers: Any) -> dict[str, Any]:
 def ask_pack(reply: Any, *prompts: Prompt, status: int = 200, **settings: Any) -> Reply[Answers]:
     """What becomes of two tasks, where none are given, that get this reply."""
     wire = Wire(factories.raw_reply(status=status, body=json.dumps(reply).encode()))
-    return Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(**settings), prompts or ("one", "two"), 5.0)
+    return Endpoint(wire, SECRET, Marks()).ask_pack(
+        MODEL, JobSettings(**settings), prompts or ("one", "two"), 5.0
+    )
 
 
 ONE, TWO = {"n": 1, "text": "uno"}, {"n": 2, "text": "dos"}
@@ -624,7 +643,7 @@ def test_pack_is_one_request_of_numbered_tasks() -> None:
         temperature=0.5, instructions="Be brief", template="{text}!", max_output_tokens=7, pack=True
     )
 
-    Endpoint(wire, SECRET, {}).ask_pack(MODEL, settings, ["one", {"text": "дві"}], 5.0)
+    Endpoint(wire, SECRET, Marks()).ask_pack(MODEL, settings, ["one", {"text": "дві"}], 5.0)
 
     (body,) = wire.bodies
     system, user = body.pop("messages")
@@ -642,7 +661,7 @@ def test_pack_is_one_request_of_numbered_tasks() -> None:
 def test_pack_sends_only_what_the_caller_set() -> None:
     wire = Wire(GOOD)
 
-    Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(pack=True), ["one", "two"], 5.0)
+    Endpoint(wire, SECRET, Marks()).ask_pack(MODEL, JobSettings(pack=True), ["one", "two"], 5.0)
 
     assert wire.bodies[0].keys() == {"model", "messages", "response_format"}
 
@@ -657,7 +676,7 @@ def test_headers_of_a_pack_tell_whose_quota_it_was() -> None:
     headers = {"openai-organization": "acme", "openai-project": "proj_1", "retry-after": "3"}
     wire = Wire(factories.raw_reply(body=json.dumps(packed(ONE)).encode(), headers=headers))
 
-    reply = Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(), ["one"], 5.0)
+    reply = Endpoint(wire, SECRET, Marks()).ask_pack(MODEL, JobSettings(), ["one"], 5.0)
 
     assert (reply.organization, reply.project, reply.limits.retry_after_s) == ("acme", "proj_1", 3.0)
 
@@ -733,7 +752,9 @@ def test_refusal_of_the_form_is_told_from_that_of_a_prompt(
 
 def test_trouble_on_the_way_of_a_pack_is_a_problem() -> None:
     result = (
-        Endpoint(Wire(DeadlinePassed("late")), SECRET, {}).ask_pack(MODEL, JobSettings(), ["one"], 5.0).result
+        Endpoint(Wire(DeadlinePassed("late")), SECRET, Marks())
+        .ask_pack(MODEL, JobSettings(), ["one"], 5.0)
+        .result
     )
 
     assert isinstance(result, Problem)
@@ -745,7 +766,7 @@ def test_reply_holds_its_part_of_the_budget_until_it_is_gone() -> None:
     body = json.dumps(packed(ONE, TWO)).encode()
     wire = Wire(RawReply(200, {}, body, budget.reserve(10, lambda: None)))
 
-    reply = Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(), ["one", "two"], 5.0)
+    reply = Endpoint(wire, SECRET, Marks()).ask_pack(MODEL, JobSettings(), ["one", "two"], 5.0)
     wire.replies.clear()
 
     assert reply.result == ["uno", "dos"]
@@ -756,7 +777,7 @@ def test_reply_holds_its_part_of_the_budget_until_it_is_gone() -> None:
 
 def test_pack_learns_the_name_of_the_token_limit_too() -> None:
     wire = Wire(refuses("max_tokens"), GOOD)
-    endpoint = Endpoint(wire, SECRET, {})
+    endpoint = Endpoint(wire, SECRET, Marks())
 
     refused = endpoint.ask_pack(MODEL, JobSettings(max_output_tokens=7), ["one", "two"], 5.0).result
     ask(endpoint, max_output_tokens=7)
@@ -773,6 +794,6 @@ def test_no_reply_to_a_pack_is_too_odd_to_read(body: Any, status: int, content: 
         data = raw if isinstance(raw, bytes) else json.dumps(raw).encode()
         wire = Wire(factories.raw_reply(status=status, body=data))
 
-        result = Endpoint(wire, SECRET, {}).ask_pack(MODEL, JobSettings(), ["one", "two"], 5.0).result
+        result = Endpoint(wire, SECRET, Marks()).ask_pack(MODEL, JobSettings(), ["one", "two"], 5.0).result
 
         assert isinstance(result, Problem) or len(result) == 2

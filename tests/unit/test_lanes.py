@@ -5,6 +5,7 @@ import pytest
 from gpt_worker.backoff import ProblemKind
 from gpt_worker.lanes import FAILURES_BEFORE_REST, Hold, Lane, LaneState, QuotaGroup
 from gpt_worker.limit_headers import LimitHeaders
+from gpt_worker.marks import MAX_MARKS
 from gpt_worker.rate_limit import UNTOLD, Reservation
 from tests import factories
 from tests.clock import FakeClock
@@ -372,6 +373,20 @@ def test_limiters_of_models_that_callers_made_up_are_forgotten(clock: FakeClock)
     assert len(lane.group.limiters) <= 200
     assert len(lane.group.bursts) <= 200
     assert lane.group.limiter("in flight") is kept
+
+
+def test_missing_models_that_callers_made_up_are_forgotten(clock: FakeClock) -> None:
+    lane = factories.lane()
+    missing = factories.problem(kind=ProblemKind.MODEL_UNAVAILABLE)
+
+    for number in range(MAX_MARKS + 100):
+        lane.troubled(missing, f"made up {number}", clock(), clock(), 0.0)
+    meet(lane, clock, ProblemKind.MODEL_UNAVAILABLE)
+
+    assert len(lane.group.missing_models) == MAX_MARKS
+    hold = lane.hold(MODEL, clock())
+    assert hold is not None
+    assert hold.model_missing
 
 
 def test_key_mended_by_hand_rests_no_longer(clock: FakeClock) -> None:

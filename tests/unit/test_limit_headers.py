@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt_worker.limit_headers import Limit, LimitHeaders, parse_duration_s, read_headers
+from gpt_worker.limit_headers import Limit, LimitHeaders, parse_duration_s, read_group_name, read_headers
 from tests.clock import unhurried
 
 DAY_S = 86_400.0
@@ -128,3 +128,18 @@ def test_whatever_headers_say_a_limit_makes_sense(
         durations_s.append(told.requests.reset_s)
         assert 0 <= told.requests.remaining <= told.requests.limit
     assert all(seconds is None or 0 <= seconds < math.inf for seconds in durations_s)
+
+
+@pytest.mark.parametrize(
+    ("header", "name"),
+    [
+        ({"openai-project": "proj_1"}, "proj_1"),
+        ({"openai-project": "p" * 200}, "p" * 200),
+        ({"openai-project": "p" * 201}, None),
+        ({"openai-project": "proj\x01"}, None),
+        ({"openai-project": "proj\x85"}, None),
+        ({}, None),
+    ],
+)
+def test_name_of_a_group_is_short_and_can_be_shown(header: dict[str, str], name: str | None) -> None:
+    assert read_group_name(header, "openai-project") == name
