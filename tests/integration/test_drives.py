@@ -441,6 +441,7 @@ def test_a_table_of_files_comes_to_a_database_that_has_none(start: Start) -> Non
     (path,) = service.data_dir.glob("*.sqlite3")
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.execute("DROP TABLE result_files")
+        database.execute("DROP TABLE owners")
         database.execute("DROP INDEX ix_jobs_owner_status")
         database.execute("UPDATE alembic_version SET version_num = '0002'")
         database.commit()
