@@ -6,11 +6,20 @@ That ordinary work is the same on every database is told by the tests that are m
 """
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
+from flask import Flask
+from sqlalchemy import event
 
+from gpt_worker.db import Database
+from gpt_worker.domain import NewTask
+from gpt_worker.store import tasks as task_store
+from tests import factories
 from tests.link import Link
 from tests.servers import Server, query
+from tests.service import Env
 from tests.stand import Stand, asked_otherwise, assert_refused
 from tests.upstream import Fault, FaultKind
 
@@ -147,3 +156,28 @@ def test_slice_larger_than_a_packet_is_stored_in_smaller_ones(stand: Stand, serv
         server.ask(f"SET GLOBAL max_allowed_packet = {usual}")
 
     assert job["counts"]["answered"] == 2000
+
+
+# What is read at once
+
+
+def test_server_is_asked_for_no_more_rows_than_a_page_may_hold(database: Env, tmp_path: Path) -> None:
+    env = {name: value for name, value in database.items() if value is not None}
+    made = Database(Flask("test"), factories.settings(data_dir=tmp_path, **env).database.url)
+    sent: list[int] = []  # rows, by statement
+
+    @event.listens_for(made._engine, "after_cursor_execute")
+    def after_cursor_execute(_connection: object, cursor: Any, *_others: object) -> None:
+        sent.append(cursor.rowcount)
+
+    made.migrate()
+    job = factories.store_job(database=made, tasks=0)
+    tasks = [NewTask(str(place), "a" * 4000, 5) for place in range(30)]
+    with made.write() as session:
+        task_store.add_tasks(session, job.id, 0, tasks)
+    with made.read() as session:
+        pending = task_store.pending_page(session, job.id, 24, 500, 3000)
+    made.close()
+
+    assert [task.position for task in pending.tasks] == [25, 26, 27]
+    assert (sent[-1], pending.more) == (3, True)

@@ -135,6 +135,9 @@ def make_calls(
         bulk.insert_tasks: lambda session: bulk.insert_tasks(session.connection(), job.id, []),
         bulk.pending_update: lambda _session: bulk.pending_update(),
         bulk.update_each: lambda session: bulk.update_each(session.connection(), bulk.pending_update(), []),
+        bulk.limit_within: lambda session: bulk.limit_within(
+            session.connection(), tasks._PENDING_LENGTHS, {"b_limit": 10}, 10
+        ),
         tasks.add_tasks: lambda session: tasks.add_tasks(session, job.id, 10, [NewTask("A", "a", 1)]),
         tasks.pending_page: (job.id, -1, 10, 1000),
         tasks.record_answers: (job.id, outcomes),
@@ -244,7 +247,8 @@ def queries() -> set[Callable[..., Any]]:
 @pytest.fixture
 def statements(database: Database) -> list[ClauseElement]:
     """All that the queries have run."""
-    found: list[ClauseElement] = [insert(bulk.TASKS)]
+    # Those that SQLite is never given.
+    found: list[ClauseElement] = [insert(bulk.TASKS), tasks._PENDING_LENGTHS]
     calls = make_calls(database)
     assert queries() == set(calls)
 

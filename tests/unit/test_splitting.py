@@ -23,13 +23,16 @@ def test_text_is_estimated_by_its_bytes(text: str, tokens: int) -> None:
     ("prompt", "tokens"),
     [
         ("a" * 400, 104),
-        ([{"role": "user", "content": "a" * 400}], 105),
-        ([{"role": "user", "content": [{"type": "text", "text": "a" * 400}]}], 106),
-        ({"text": "a" * 400, "n": 7}, 104),
+        ([{"role": "user", "content": "a" * 400}], 111),
+        ([{"role": "user", "content": [{"type": "text", "text": "a" * 400}]}], 117),
+        ({"text": "a" * 400, "n": 7}, 108),
+        ({"ü" * 200: 7}, 105),
+        ([{"role": "user", "content": [[]] * 1000}], 761),
         ({}, 4),
+        ([], 4),
     ],
 )
-def test_prompt_is_estimated_with_all_its_texts(prompt: Prompt, tokens: int) -> None:
+def test_prompt_is_estimated_with_all_that_it_has(prompt: Prompt, tokens: int) -> None:
     assert estimate_prompt(prompt) == tokens
 
 
