@@ -6,6 +6,7 @@ Everything walks the primary key (job, position), never OFFSET, and touches at m
 import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Generic, TypeVar
 
 from sqlalchemy import ColumnElement, CursorResult, Select, bindparam, delete, func, select, update
@@ -36,24 +37,36 @@ _CLOSE_CRASHED = (
         error_message=bindparam("error_message"),
     )
 )
+_BEHIND = (_TASKS.c.job_id == bindparam("b_job"), _TASKS.c.position > bindparam("b_after"))
 
 
-def _pending(*columns: ColumnElement[Any]) -> Select[Any]:
-    """A statement: so many tasks of a job still to be asked, behind a position, in order."""
-    return (
-        select(*columns)
-        .where(
-            _TASKS.c.job_id == bindparam("b_job"),
-            _TASKS.c.position > bindparam("b_after"),
-            _TASKS.c.state == TaskState.PENDING,
-        )
-        .order_by(_TASKS.c.position)
-        .limit(bindparam("b_limit"))
-    )
+def _page_of(*columns: ColumnElement[Any], pending: bool) -> Select[Any]:
+    """A statement: so many tasks of a job behind a position, in order, and of those still to be asked alone."""
+    where = (*_BEHIND, _TASKS.c.state == TaskState.PENDING) if pending else _BEHIND
+    return select(*columns).where(*where).order_by(_TASKS.c.position).limit(bindparam("b_limit"))
 
 
-_PENDING = _pending(_TASKS.c.position, _TASKS.c.prompt, _TASKS.c.tokens, _TASKS.c.attempts, _TASKS.c.crashes)
-_PENDING_LENGTHS = _pending(func.length(_TASKS.c.prompt))
+_PENDING = _page_of(
+    _TASKS.c.position,
+    _TASKS.c.prompt,
+    _TASKS.c.tokens,
+    _TASKS.c.attempts,
+    _TASKS.c.crashes,
+    pending=True,
+)
+_PENDING_LENGTHS = _page_of(func.length(_TASKS.c.prompt), pending=True)
+_RESULTS = _page_of(
+    _TASKS.c.position,
+    _TASKS.c.id,
+    _TASKS.c.state,
+    _TASKS.c.answer,
+    _TASKS.c.finish_reason,
+    _TASKS.c.error_code,
+    _TASKS.c.error_message,
+    _TASKS.c.attempts,
+    pending=False,
+)
+_RESULT_LENGTHS = _page_of(func.length(_TASKS.c.answer), pending=False)
 
 Task = TypeVar("Task")
 
@@ -218,37 +231,30 @@ def reopen_slice(session: Session, job_id: str, codes: Collection[ErrorCode] | N
     return Reopened(len(rows), sum(length or 0 for _, length in rows), more)
 
 
-def results_page(session: Session, job_id: str, after: int, limit: int) -> list[TaskResult]:
-    """Up to `limit` tasks behind the position `after`, in order, decided or not."""
-    rows = session.execute(
-        select(
-            TaskRow.position,
-            TaskRow.id,
-            TaskRow.state,
-            TaskRow.answer,
-            TaskRow.finish_reason,
-            TaskRow.error_code,
-            TaskRow.error_message,
-            TaskRow.attempts,
-        )
-        .where(TaskRow.job_id == job_id, TaskRow.position > after)
-        .order_by(TaskRow.position)
-        .limit(limit)
-    )
-    # Oracle stores '' as NULL: an answered task always has an answer.
-    return [
-        TaskResult(
-            position,
-            id_,
-            state,
-            (answer or "") if state == TaskState.ANSWERED else None,
-            reason,
-            code,
-            message,
-            attempts,
-        )
-        for position, id_, state, answer, reason, code, message, attempts in rows
-    ]
+def results_page(
+    session: Session, job_id: str, after: int, limit: int, max_characters: int | None = None
+) -> Page[TaskResult]:
+    """Up to `limit` tasks behind the position `after`, in order, decided or not.
+
+    They end with the one that reaches `max_characters` in answers, if that is given.
+    """
+    connection = session.connection()
+    given = {"b_job": job_id, "b_after": after, "b_limit": limit}
+    if max_characters is not None:
+        limit = bulk.limit_within(connection, _RESULT_LENGTHS, given, max_characters)
+    rows = connection.execute(_RESULTS, given | {"b_limit": limit})
+    left: float = inf if max_characters is None else max_characters
+    page: list[TaskResult] = []
+    for position, id_, state, stored, reason, code, message, attempts in rows:
+        # Oracle stores '' as NULL: an answered task always has an answer.
+        answer = (stored or "") if state == TaskState.ANSWERED else None
+        page.append(TaskResult(position, id_, state, answer, reason, code, message, attempts))
+        if answer is not None:
+            left -= len(answer)
+            if left <= 0:
+                break
+    rows.close()
+    return Page(page, more=len(page) == limit or left <= 0)
 
 
 def delete_slice(session: Session, job_id: str) -> int:

@@ -14,7 +14,7 @@ from flask import Flask
 from sqlalchemy import event
 
 from gpt_worker.db import Database
-from gpt_worker.domain import NewTask
+from gpt_worker.domain import Answer, NewTask
 from gpt_worker.store import tasks as task_store
 from tests import factories
 from tests.link import Link
@@ -173,11 +173,21 @@ def test_server_is_asked_for_no_more_rows_than_a_page_may_hold(database: Env, tm
     made.migrate()
     job = factories.store_job(database=made, tasks=0)
     tasks = [NewTask(str(place), "a" * 4000, 5) for place in range(30)]
+    answers = [
+        factories.outcome(job_id=job.id, position=place, decision=Answer("ü" * 4000)) for place in range(20)
+    ]
     with made.write() as session:
         task_store.add_tasks(session, job.id, 0, tasks)
+        task_store.record_answers(session, job.id, answers)
     with made.read() as session:
         pending = task_store.pending_page(session, job.id, 24, 500, 3000)
+        sent_pending = sent[-1]
+        results = task_store.results_page(session, job.id, 9, 1000, 40_000)
+        sent_results = sent[-1]
+        last = task_store.results_page(session, job.id, 18, 1000, 40_000)
     made.close()
 
     assert [task.position for task in pending.tasks] == [25, 26, 27]
-    assert (sent[-1], pending.more) == (3, True)
+    assert [task.position for task in results.tasks] == [*range(10, 10 + sent_results)]
+    assert (sent_pending, sent_results) in {(3, 10), (3, 5)}  # MySQL tells bytes
+    assert (pending.more, results.more, len(last.tasks), last.more) == (True, True, 11, False)

@@ -136,7 +136,7 @@ def make_calls(
         bulk.pending_update: lambda _session: bulk.pending_update(),
         bulk.update_each: lambda session: bulk.update_each(session.connection(), bulk.pending_update(), []),
         bulk.limit_within: lambda session: bulk.limit_within(
-            session.connection(), tasks._PENDING_LENGTHS, {"b_limit": 10}, 10
+            session.connection(), tasks._RESULT_LENGTHS, {"b_limit": 10}, 10
         ),
         tasks.add_tasks: lambda session: tasks.add_tasks(session, job.id, 10, [NewTask("A", "a", 1)]),
         tasks.pending_page: (job.id, -1, 10, 1000),
@@ -248,7 +248,7 @@ def queries() -> set[Callable[..., Any]]:
 def statements(database: Database) -> list[ClauseElement]:
     """All that the queries have run."""
     # Those that SQLite is never given.
-    found: list[ClauseElement] = [insert(bulk.TASKS), tasks._PENDING_LENGTHS]
+    found: list[ClauseElement] = [insert(bulk.TASKS), tasks._PENDING_LENGTHS, tasks._RESULT_LENGTHS]
     calls = make_calls(database)
     assert queries() == set(calls)
 

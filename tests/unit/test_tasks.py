@@ -11,7 +11,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from gpt_worker.db import Database
-from gpt_worker.domain import ErrorCode, Failure, NewTask, Prompt, TaskState
+from gpt_worker.domain import Answer, ErrorCode, Failure, NewTask, Prompt, TaskState
 from gpt_worker.models import JobRow, TaskRow
 from gpt_worker.store import tasks as task_store
 from gpt_worker.store.bulk import ROWS
@@ -122,7 +122,7 @@ def test_tasks_of_every_form_come_back_as_they_were(database: Database) -> None:
 
     with database.read() as session:
         page = task_store.pending_page(session, job.id, 0, 1000, 1_000_000).tasks
-        ids = [task.id for task in task_store.results_page(session, job.id, 0, 1000)]
+        ids = [task.id for task in task_store.results_page(session, job.id, 0, 1000).tasks]
     assert [(task.position, task.prompt, task.tokens) for task in page] == [
         (place, task.prompt, task.tokens) for place, task in enumerate(tasks, 1)
     ]
@@ -193,3 +193,28 @@ def test_short_page_is_the_last_and_a_full_one_may_not_be(database: Database) ->
         (4, True),
         (0, False),
     ]
+
+
+@pytest.mark.parametrize(
+    ("max_characters", "length", "more"),
+    [(None, 8, False), (8001, 8, False), (8000, 8, True), (2001, 3, True), (2000, 2, True), (1, 1, True)],
+)
+def test_page_of_results_ends_with_the_answer_that_fills_it(
+    database: Database, max_characters: int | None, length: int, more: bool
+) -> None:
+    job = factories.store_job(database=database, ids=[f"{place}" for place in range(8)])
+    outcomes = [
+        factories.outcome(job_id=job.id, position=place, decision=Answer("ü" * 1000)) for place in range(8)
+    ]
+    with database.write() as session:
+        task_store.record_answers(session, job.id, outcomes)
+
+    with database.read() as session:
+        sizes = read_bytes(session)
+        page = task_store.results_page(session, job.id, -1, 1000, max_characters)
+
+    assert [(task.id, len(task.answer or "")) for task in page.tasks] == [
+        (str(place), 1000) for place in range(length)
+    ]
+    assert page.more is more
+    assert sizes.count(2000) == length
