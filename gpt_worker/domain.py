@@ -116,11 +116,18 @@ class JobSettings:
 Prompt = str | list[Any] | dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """Messages or variables as they are stored: as objects they may take fifty times as much memory."""
+
+    json: str
+
+
 class NewTask(NamedTuple):
     """One task as it came in; `tokens` is the estimate of its prompt. A job may bring millions: a tuple costs least."""
 
     id: str
-    prompt: Prompt
+    prompt: Prompt | EncodedPrompt
     tokens: int
 
 

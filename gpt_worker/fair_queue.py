@@ -32,6 +32,7 @@ class QueuedTask:
     position: int
     prompt: Prompt
     tokens: int
+    weight: int  # in tokens: what it counts for in memory
     tries: Tries = field(default_factory=Tries)
     due_s: float = 0.0
     avoid: frozenset[int] = frozenset()  # lanes on which it failed; another goes first if there is one
@@ -95,10 +96,13 @@ class JobRun:
     def wants_page(self) -> bool:
         returned = len(self.front) + len(self.behind) + len(self.delayed)
         return not (self.exhausted or self.loading or self.closing) and (
-            len(self.fresh) < LOW_TASKS
-            and returned < MAX_RETURNED
-            and sum(task.tokens for task in self.fresh) < LOW_TOKENS
+            len(self.fresh) < LOW_TASKS and returned < MAX_RETURNED and self.weight < LOW_TOKENS
         )
+
+    @property
+    def weight(self) -> int:
+        """Of the tasks that were read and not taken yet, in tokens."""
+        return sum(task.weight for task in self.fresh)
 
     def runs_low(self) -> bool:
         """Whether a page of this job, or of the next that it makes room for, may be wanted now: said once, and at 0."""
@@ -331,12 +335,13 @@ def _front(line: Line) -> Iterator[JobRun]:
 
 def _wanting(line: Line) -> Iterator[JobRun]:
     """The jobs that want a page, while there is little of the line in memory or on its way there."""
-    in_memory = 0
+    in_memory = weight = 0
     for job in line:
-        if in_memory >= LOW_TASKS:
+        if in_memory >= LOW_TASKS or weight >= LOW_TOKENS:
             return
         if job.wants_page:
             in_memory += job.pending
             yield job
         else:
             in_memory += LOW_TASKS if job.loading else len(job.fresh)
+            weight += job.weight

@@ -16,7 +16,7 @@ from gpt_worker.db import Database, trouble_of
 from gpt_worker.domain import utc_now
 from gpt_worker.fair_queue import FairQueue, JobRun, QueuedTask
 from gpt_worker.store import tasks as task_store
-from gpt_worker.store.tasks import PendingTask
+from gpt_worker.store.tasks import Page, PendingTask
 
 log = logging.getLogger(__name__)
 
@@ -93,15 +93,15 @@ class Feeder:
 
     def _load_pages(self, jobs: Sequence[JobRun]) -> None:
         """Read a page of each job, and of no further job once there is as much in all as one page may hold."""
-        pages: list[tuple[JobRun, list[PendingTask]]] = []
+        pages: list[tuple[JobRun, Page[PendingTask]]] = []
         left, read = PAGE_TOKENS, 0
         try:
             with self._database.read() as session:
                 for job in jobs:
                     page = task_store.pending_page(session, job.id, job.cursor, PAGE_TASKS, left)
                     pages.append((job, page))
-                    left -= sum(task.tokens for task in page)
-                    read += len(page)
+                    left -= sum(task.weight for task in page.tasks)
+                    read += len(page.tasks)
                     if left <= 0 or read >= PAGE_TASKS:
                         break
         except SQLAlchemyError as error:
@@ -116,24 +116,24 @@ class Feeder:
             return
         with self._lock:
             for job, page in pages:
-                last = left <= 0 and job is pages[-1][0]
-                self._add(job, page, whole=last or len(page) == PAGE_TASKS)
-            if any(page for _, page in pages):
+                self._add(job, page)
+            if any(page.tasks for _, page in pages):
                 self._fed.page_came()
 
-    def _add(self, job: JobRun, page: Sequence[PendingTask], *, whole: bool) -> None:
-        cursor = page[-1].position if page else job.cursor
+    def _add(self, job: JobRun, page: Page[PendingTask]) -> None:
+        cursor = page.tasks[-1].position if page.tasks else job.cursor
         tasks = [
             QueuedTask(
                 task.position,
                 task.prompt,
                 task.tokens,
+                task.weight,
                 Tries(task.attempts),
                 pack_limit=1 if task.crashes else None,  # others shall not crash with it
             )
-            for task in page
+            for task in page.tasks
         ]
-        job.add_page(tasks if job.closing is None else [], cursor, exhausted=not whole)
+        job.add_page(tasks if job.closing is None else [], cursor, exhausted=not page.more)
 
     def _until_next_deadline_s(self) -> float | None:
         deadline = self._queue.next_deadline()

@@ -27,6 +27,7 @@ from gpt_worker.domain import (
     UNFINISHED,
     Caller,
     DeliveryMode,
+    EncodedPrompt,
     ErrorCode,
     Failure,
     JobSettings,
@@ -37,6 +38,7 @@ from gpt_worker.domain import (
 )
 from gpt_worker.errors import Conflict, DiskLow, Invalid, NotFound
 from gpt_worker.models import IdempotencyRow, JobRow
+from gpt_worker.prompts import encode
 from gpt_worker.store import deliveries as delivery_store
 from gpt_worker.store import jobs as job_store
 from gpt_worker.store import result_files as file_store
@@ -595,10 +597,15 @@ def _slices(tasks: Iterable[NewTask]) -> "Iterator[list[NewTask]]":
     current: list[NewTask] = []
     tokens = 0
     for task in tasks:
-        current.append(task)
+        current.append(task if isinstance(task.prompt, str) else _with_encoded_prompt(task))
         tokens += task.tokens
         if len(current) == SLICE_TASKS or tokens >= SLICE_TOKENS:
             yield current
             current, tokens = [], 0
     if current:
         yield current
+
+
+def _with_encoded_prompt(task: NewTask) -> NewTask:
+    """Thousands wait for their commit, and only as text does a prompt take no more than its tokens tell."""
+    return task._replace(prompt=EncodedPrompt(encode(task.prompt)))

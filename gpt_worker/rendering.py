@@ -22,6 +22,8 @@ Results = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 MAX_RESULT_TASKS = 10_000
 MAX_RESULT_BYTES = 8 << 20
 PAGE_TASKS = 1000
+PAGE_CHARACTERS = 4 << 20  # of answers, which have up to four bytes each
+PIECE_CHARACTERS = 128 << 10
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -94,7 +96,7 @@ def _results(session: Session, job_id: str) -> Results:
     results: dict[str, Any] = {}
     errors: dict[str, Any] = {}
     finish_reasons: dict[str, Any] = {}
-    for task in task_store.results_page(session, job_id, after=-1, limit=MAX_RESULT_TASKS):
+    for task in task_store.results_page(session, job_id, after=-1, limit=MAX_RESULT_TASKS).tasks:
         results[task.id] = task.answer
         if task.state == TaskState.FAILED:
             errors[task.id] = render_error(task)
@@ -111,10 +113,12 @@ def render_error(task: TaskResult) -> dict[str, Any] | None:
 
 
 def results_jsonl(database: Database, job_id: str) -> Iterator[bytes]:
-    """The decided tasks, `{"id", "result", "error", "finish_reason"}` a line, in order, a page at a time."""
-    for page in _pages(database, job_id):
-        lines = [
-            _encode(
+    """The decided tasks, `{"id", "result", "error", "finish_reason"}` a line, in order, in pieces of many lines."""
+    lines: list[str] = []
+    length = 0
+    for task in _tasks(database, job_id):
+        if task.state != TaskState.PENDING:
+            line = _encode(
                 {
                     "id": task.id,
                     "result": task.answer,
@@ -122,11 +126,14 @@ def results_jsonl(database: Database, job_id: str) -> Iterator[bytes]:
                     "finish_reason": task.finish_reason,
                 }
             )
-            for task in page
-            if task.state != TaskState.PENDING
-        ]
-        if lines:
-            yield ("\n".join(lines) + "\n").encode()
+            lines += (line, "\n")
+            length += len(line)
+            if length >= PIECE_CHARACTERS:
+                piece = "".join(lines).encode()
+                lines, length = [], 0
+                yield piece
+    if lines:
+        yield "".join(lines).encode()
 
 
 def results_json(database: Database, job_id: str) -> Iterator[bytes]:
@@ -139,13 +146,10 @@ def results_json(database: Database, job_id: str) -> Iterator[bytes]:
             comma = ","
 
     yield b'{"results":{'
-    yield from members((task.id, task.answer) for page in _pages(database, job_id) for task in page)
+    yield from members((task.id, task.answer) for task in _tasks(database, job_id))
     yield b'},"errors":{'
     yield from members(
-        (task.id, render_error(task))
-        for page in _pages(database, job_id)
-        for task in page
-        if task.state == TaskState.FAILED
+        (task.id, render_error(task)) for task in _tasks(database, job_id) if task.state == TaskState.FAILED
     )
     yield b"}}\n"
 
@@ -155,14 +159,14 @@ def results_csv(database: Database, job_id: str) -> Iterator[bytes]:
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(("id", "result", "error_code", "finish_reason"))
-    for page in _pages(database, job_id):
-        for task in page:
-            if task.state != TaskState.PENDING:
-                cells = (task.id, task.answer or "", task.error_code or "", task.finish_reason or "")
-                writer.writerow([_defused(cell) for cell in cells])
-        yield buffer.getvalue().encode()
-        buffer.seek(0)
-        buffer.truncate()
+    for task in _tasks(database, job_id):
+        if task.state != TaskState.PENDING:
+            cells = (task.id, task.answer or "", task.error_code or "", task.finish_reason or "")
+            writer.writerow([_defused(cell) for cell in cells])
+            if buffer.tell() >= PIECE_CHARACTERS:
+                yield buffer.getvalue().encode()
+                buffer.seek(0)
+                buffer.truncate()
     yield buffer.getvalue().encode()
 
 
@@ -170,13 +174,16 @@ def _defused(cell: str) -> str:
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
 
 
-def _pages(database: Database, job_id: str) -> Iterator[list[TaskResult]]:
-    after = -1
-    while True:
+def _tasks(database: Database, job_id: str) -> Iterator[TaskResult]:
+    """Every task, in order; a page is read in a short transaction of its own, and kept no longer than it is needed."""
+    after, limit, more = -1, PAGE_TASKS, True
+    while more:
         with database.read() as session:
-            page = task_store.results_page(session, job_id, after, PAGE_TASKS)
-        if page:
-            yield page
-        if len(page) < PAGE_TASKS:
-            return
-        after = page[-1].position
+            page = task_store.results_page(session, job_id, after, limit, PAGE_CHARACTERS)
+        tasks, more = page.tasks, page.more
+        if tasks:
+            after = tasks[-1].position
+            limit = min(PAGE_TASKS, 4 * len(tasks))  # a server looks at all of their lengths first
+        tasks.reverse()
+        while tasks:
+            yield tasks.pop()

@@ -1,9 +1,9 @@
 """How large a prompt is, and how a job's tasks become chunks. Pure: values in, values out."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from gpt_worker.domain import Prompt
+from gpt_worker.prompts import encode
 
 BYTES_PER_TOKEN = 4
 TOKENS_PER_MESSAGE = 4  # what OpenAI's chat format adds to each message
@@ -16,22 +16,15 @@ def estimate_tokens(text: str) -> int:
     return size_bytes // BYTES_PER_TOKEN or 1
 
 
-def estimate_prompt(prompt: Prompt, template_tokens: int = 0, instructions_tokens: int = 0) -> int:
-    """Prompt tokens of a whole task, with what the job's template and instructions add."""
-    return (
-        TOKENS_PER_MESSAGE + template_tokens + instructions_tokens + sum(map(estimate_tokens, _texts(prompt)))
-    )
+def estimate_prompt(prompt: Prompt, instructions_tokens: int = 0) -> int:
+    """Prompt tokens of a whole task, with what the job's instructions add.
 
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for member in value.values():
-            yield from _texts(member)
-    elif isinstance(value, list):
-        for member in value:
-            yield from _texts(member)
+    Messages and variables count with all that their JSON has, so that nothing is for free.
+    """
+    tokens = TOKENS_PER_MESSAGE + instructions_tokens
+    if isinstance(prompt, str):
+        return tokens + estimate_tokens(prompt)
+    return tokens + estimate_tokens(encode(prompt)) if prompt else tokens
 
 
 def chunk_limit(tasks: int, threads: int) -> int:

@@ -65,7 +65,7 @@ def headers(
 
 
 def queued_task(*, position: int = 0, tokens: int = 10, prompt: str = "Say hello") -> QueuedTask:
-    return QueuedTask(position, prompt, tokens)
+    return QueuedTask(position, prompt, tokens, weight=tokens)
 
 
 def job_run(

@@ -3,10 +3,10 @@
 Values go as parameters; where a database has no words for it here, the driver runs a statement a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from sqlalchemy import Connection, Integer, Table, Update, bindparam, insert, update
+from sqlalchemy import Connection, Integer, Select, Table, Update, bindparam, insert, update
 
 from gpt_worker.domain import TaskState
 from gpt_worker.models import TaskRow
@@ -137,6 +137,25 @@ def update_each(connection: Connection, statement: Update, rows: Sequence[dict[s
     if connection.dialect.supports_sane_multi_rowcount:
         return connection.execute(statement, rows).rowcount
     return sum(connection.execute(statement, row).rowcount for row in rows)
+
+
+def limit_within(
+    connection: Connection, lengths: Select[Any], given: Mapping[str, Any], max_characters: int
+) -> int:
+    """How many of `b_limit` rows to ask for, so that they end with the one that reaches `max_characters` of text.
+
+    The driver of a server has all rows of a statement in memory before it hands out the first; so `lengths`, the same
+    statement with nothing but the lengths of the texts, is asked before. SQLite finds a row as it is asked for: who
+    reads them stops in time.
+    """
+    limit: int = given["b_limit"]
+    if connection.dialect.name == "sqlite":
+        return limit
+    for count, length in enumerate(connection.scalars(lengths, given).all(), 1):
+        max_characters -= length or 0
+        if max_characters <= 0:
+            return count
+    return limit
 
 
 def in_parts(rows: Sequence[tuple[Any, ...]]) -> Iterator[Sequence[tuple[Any, ...]]]:

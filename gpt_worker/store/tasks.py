@@ -6,19 +6,21 @@ Everything walks the primary key (job, position), never OFFSET, and touches at m
 import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from json.encoder import encode_basestring
+from math import inf
+from typing import Any, Generic, TypeVar
 
-from sqlalchemy import CursorResult, bindparam, delete, func, select, update
+from sqlalchemy import ColumnElement, CursorResult, Select, bindparam, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from gpt_worker.domain import Answer, ErrorCode, Failure, NewTask, Outcome, Prompt, TaskState
 from gpt_worker.models import TaskRow
+from gpt_worker.prompts import encode, weigh
 from gpt_worker.store import bulk
 from gpt_worker.store.bulk import PendingUpdate
 
 SLICE_TASKS = 5000
+CHARACTERS_PER_TOKEN = 4  # at most, by the estimate
 _TASKS = bulk.TASKS
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 # A statement that is run all the time is built once, and below the ORM.
 _ANSWER = PendingUpdate(("answer", "finish_reason", "attempts"), TaskState.ANSWERED)
@@ -35,16 +37,46 @@ _CLOSE_CRASHED = (
         error_message=bindparam("error_message"),
     )
 )
-_PENDING = (
-    select(_TASKS.c.position, _TASKS.c.prompt, _TASKS.c.tokens, _TASKS.c.attempts, _TASKS.c.crashes)
-    .where(
-        _TASKS.c.job_id == bindparam("b_job"),
-        _TASKS.c.position > bindparam("b_after"),
-        _TASKS.c.state == TaskState.PENDING,
-    )
-    .order_by(_TASKS.c.position)
-    .limit(bindparam("b_limit"))
+_BEHIND = (_TASKS.c.job_id == bindparam("b_job"), _TASKS.c.position > bindparam("b_after"))
+
+
+def _page_of(*columns: ColumnElement[Any], pending: bool) -> Select[Any]:
+    """A statement: so many tasks of a job behind a position, in order, and of those still to be asked alone."""
+    where = (*_BEHIND, _TASKS.c.state == TaskState.PENDING) if pending else _BEHIND
+    return select(*columns).where(*where).order_by(_TASKS.c.position).limit(bindparam("b_limit"))
+
+
+_PENDING = _page_of(
+    _TASKS.c.position,
+    _TASKS.c.prompt,
+    _TASKS.c.tokens,
+    _TASKS.c.attempts,
+    _TASKS.c.crashes,
+    pending=True,
 )
+_PENDING_LENGTHS = _page_of(func.length(_TASKS.c.prompt), pending=True)
+_RESULTS = _page_of(
+    _TASKS.c.position,
+    _TASKS.c.id,
+    _TASKS.c.state,
+    _TASKS.c.answer,
+    _TASKS.c.finish_reason,
+    _TASKS.c.error_code,
+    _TASKS.c.error_message,
+    _TASKS.c.attempts,
+    pending=False,
+)
+_RESULT_LENGTHS = _page_of(func.length(_TASKS.c.answer), pending=False)
+
+Task = TypeVar("Task")
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Task]):
+    """Tasks in order; `more`: whether there may be others behind them."""
+
+    tasks: list[Task]
+    more: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +86,7 @@ class PendingTask:
     position: int
     prompt: Prompt
     tokens: int
+    weight: int  # in tokens: what it counts for in memory
     attempts: int = 0  # charged tries, of this run
     crashes: int = 0  # of the process, while it was asked
 
@@ -75,28 +108,29 @@ class TaskResult:
 def add_tasks(session: Session, job_id: str, first_position: int, tasks: Sequence[NewTask]) -> None:
     """Store one slice of a job's tasks, in order."""
     rows = [
-        (position, id_, _encoded(prompt), tokens)
+        (position, id_, encode(prompt), tokens)
         for position, (id_, prompt, tokens) in enumerate(tasks, first_position)
     ]
     bulk.insert_tasks(session.connection(), job_id, rows)
 
 
-def _encoded(prompt: Prompt) -> str:
-    return encode_basestring(prompt) if isinstance(prompt, str) else _encode(prompt)
-
-
-def pending_page(session: Session, job_id: str, after: int, limit: int, max_tokens: int) -> list[PendingTask]:
-    """Up to `limit` tasks still to be asked, behind the position `after`, of about `max_tokens` in all."""
-    where = {"b_job": job_id, "b_after": after, "b_limit": limit}
-    rows = session.connection().execute(_PENDING, where).yield_per(50)
+def pending_page(session: Session, job_id: str, after: int, limit: int, max_tokens: int) -> Page[PendingTask]:
+    """Up to `limit` tasks still to be asked, behind the position `after`, that end with the one that reaches
+    `max_tokens` in weight.
+    """
+    connection = session.connection()
+    given = {"b_job": job_id, "b_after": after, "b_limit": limit}
+    limit = bulk.limit_within(connection, _PENDING_LENGTHS, given, CHARACTERS_PER_TOKEN * max_tokens)
+    rows = connection.execute(_PENDING, given | {"b_limit": limit})
     page: list[PendingTask] = []
     for position, prompt, tokens, attempts, crashes in rows:
-        page.append(PendingTask(position, json.loads(prompt), tokens, attempts, crashes))
-        max_tokens -= tokens
+        weight = weigh(prompt, tokens)
+        page.append(PendingTask(position, json.loads(prompt), tokens, weight, attempts, crashes))
+        max_tokens -= weight
         if max_tokens <= 0:
             break
     rows.close()
-    return page
+    return Page(page, more=len(page) == limit or max_tokens <= 0)
 
 
 def record_answers(session: Session, job_id: str, outcomes: Iterable[Outcome]) -> int:
@@ -197,37 +231,30 @@ def reopen_slice(session: Session, job_id: str, codes: Collection[ErrorCode] | N
     return Reopened(len(rows), sum(length or 0 for _, length in rows), more)
 
 
-def results_page(session: Session, job_id: str, after: int, limit: int) -> list[TaskResult]:
-    """Up to `limit` tasks behind the position `after`, in order, decided or not."""
-    rows = session.execute(
-        select(
-            TaskRow.position,
-            TaskRow.id,
-            TaskRow.state,
-            TaskRow.answer,
-            TaskRow.finish_reason,
-            TaskRow.error_code,
-            TaskRow.error_message,
-            TaskRow.attempts,
-        )
-        .where(TaskRow.job_id == job_id, TaskRow.position > after)
-        .order_by(TaskRow.position)
-        .limit(limit)
-    )
-    # Oracle stores '' as NULL: an answered task always has an answer.
-    return [
-        TaskResult(
-            position,
-            id_,
-            state,
-            (answer or "") if state == TaskState.ANSWERED else None,
-            reason,
-            code,
-            message,
-            attempts,
-        )
-        for position, id_, state, answer, reason, code, message, attempts in rows
-    ]
+def results_page(
+    session: Session, job_id: str, after: int, limit: int, max_characters: int | None = None
+) -> Page[TaskResult]:
+    """Up to `limit` tasks behind the position `after`, in order, decided or not.
+
+    They end with the one that reaches `max_characters` in answers, if that is given.
+    """
+    connection = session.connection()
+    given = {"b_job": job_id, "b_after": after, "b_limit": limit}
+    if max_characters is not None:
+        limit = bulk.limit_within(connection, _RESULT_LENGTHS, given, max_characters)
+    rows = connection.execute(_RESULTS, given | {"b_limit": limit})
+    left: float = inf if max_characters is None else max_characters
+    page: list[TaskResult] = []
+    for position, id_, state, stored, reason, code, message, attempts in rows:
+        # Oracle stores '' as NULL: an answered task always has an answer.
+        answer = (stored or "") if state == TaskState.ANSWERED else None
+        page.append(TaskResult(position, id_, state, answer, reason, code, message, attempts))
+        if answer is not None:
+            left -= len(answer)
+            if left <= 0:
+                break
+    rows.close()
+    return Page(page, more=len(page) == limit or left <= 0)
 
 
 def delete_slice(session: Session, job_id: str) -> int:

@@ -7,11 +7,20 @@ That ordinary work is the same on every database is told by the tests that are m
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import pytest
+from flask import Flask
+from sqlalchemy import event
 
+from gpt_worker.db import Database
+from gpt_worker.domain import Answer, NewTask
+from gpt_worker.store import tasks as task_store
+from tests import factories
 from tests.link import Link
 from tests.servers import Server, query
+from tests.service import Env
 from tests.stand import Stand, asked_otherwise, assert_refused
 from tests.upstream import Fault, FaultKind
 
@@ -157,3 +166,38 @@ def test_text_larger_than_a_packet_is_refused_and_what_is_smaller_is_stored(
     assert "max_allowed_packet" in refused.json()["detail"]
     assert many["counts"]["answered"] == 2000
     stand.assert_ends_well()
+
+
+# What is read at once
+
+
+def test_server_is_asked_for_no_more_rows_than_a_page_may_hold(database: Env, tmp_path: Path) -> None:
+    env = {name: value for name, value in database.items() if value is not None}
+    made = Database(Flask("test"), factories.settings(data_dir=tmp_path, **env).database.url)
+    sent: list[int] = []  # rows, by statement
+
+    @event.listens_for(made._engine, "after_cursor_execute")
+    def after_cursor_execute(_connection: object, cursor: Any, *_others: object) -> None:
+        sent.append(cursor.rowcount)
+
+    made.migrate()
+    job = factories.store_job(database=made, tasks=0)
+    tasks = [NewTask(str(place), "a" * 4000, 5) for place in range(30)]
+    answers = [
+        factories.outcome(job_id=job.id, position=place, decision=Answer("ü" * 4000)) for place in range(20)
+    ]
+    with made.write() as session:
+        task_store.add_tasks(session, job.id, 0, tasks)
+        task_store.record_answers(session, job.id, answers)
+    with made.read() as session:
+        pending = task_store.pending_page(session, job.id, 24, 500, 3000)
+        sent_pending = sent[-1]
+        results = task_store.results_page(session, job.id, 9, 1000, 40_000)
+        sent_results = sent[-1]
+        last = task_store.results_page(session, job.id, 18, 1000, 40_000)
+    made.close()
+
+    assert [task.position for task in pending.tasks] == [25, 26, 27]
+    assert [task.position for task in results.tasks] == [*range(10, 10 + sent_results)]
+    assert (sent_pending, sent_results) in {(3, 10), (3, 5)}  # MySQL tells bytes
+    assert (pending.more, results.more, len(last.tasks), last.more) == (True, True, 11, False)

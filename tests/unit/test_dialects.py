@@ -136,6 +136,9 @@ def make_calls(
         bulk.in_parts: lambda _session: list(bulk.in_parts([])),
         bulk.pending_update: lambda _session: bulk.pending_update(),
         bulk.update_each: lambda session: bulk.update_each(session.connection(), bulk.pending_update(), []),
+        bulk.limit_within: lambda session: bulk.limit_within(
+            session.connection(), tasks._RESULT_LENGTHS, {"b_limit": 10}, 10
+        ),
         tasks.add_tasks: lambda session: tasks.add_tasks(session, job.id, 10, [NewTask("A", "a", 1)]),
         tasks.pending_page: (job.id, -1, 10, 1000),
         tasks.record_answers: (job.id, outcomes),
@@ -246,7 +249,8 @@ def queries() -> set[Callable[..., Any]]:
 @pytest.fixture
 def statements(database: Database) -> list[ClauseElement]:
     """All that the queries have run."""
-    found: list[ClauseElement] = [insert(bulk.TASKS)]
+    # Those that SQLite is never given.
+    found: list[ClauseElement] = [insert(bulk.TASKS), tasks._PENDING_LENGTHS, tasks._RESULT_LENGTHS]
     calls = make_calls(database)
     assert queries() == set(calls)
 

@@ -160,7 +160,7 @@ class Stand:
 
     def results(self, job: JobRow) -> list[TaskResult]:
         with self.database.read() as session:
-            return task_store.results_page(session, job.id, -1, 100_000)
+            return task_store.results_page(session, job.id, -1, 100_000).tasks
 
     def codes(self, job: JobRow) -> list[str | None]:
         return [task.error_code for task in self.results(job)]

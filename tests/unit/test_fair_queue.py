@@ -13,6 +13,7 @@ from gpt_worker.domain import ErrorCode, Failure, utc_now
 from gpt_worker.fair_queue import (
     LOOK_AHEAD,
     LOW_TASKS,
+    LOW_TOKENS,
     MAX_RETURNED,
     MOST_ENDED,
     FairQueue,
@@ -327,6 +328,27 @@ def test_no_page_is_wanted_while_too_many_tasks_came_back() -> None:
     assert not job.wants_page
     take(job)
     assert job.wants_page
+
+
+def test_no_page_is_wanted_while_few_tasks_are_much() -> None:
+    job = factories.job_run(tasks=0)
+    heavy = [QueuedTask(position, "{}", 5, weight=LOW_TOKENS // 2) for position in range(2)]
+    job.add_page(heavy, cursor=1, exhausted=False)
+
+    assert not job.wants_page
+    take(job)
+    assert job.wants_page
+
+
+def test_no_page_of_a_job_behind_is_wanted_while_few_tasks_are_much() -> None:
+    first, second = (factories.job_run(id=str(place), tasks=0) for place in range(2))
+    second.exhausted = False
+    queue = queue_of(first, second)
+    first.add_page([QueuedTask(0, "{}", 5, weight=LOW_TOKENS)], cursor=0, exhausted=True)
+
+    assert queue.wanting_pages(9) == []
+    take(first)
+    assert queue.wanting_pages(9) == [second]
 
 
 def test_pages_of_small_jobs_are_wanted_together_until_there_is_enough() -> None:

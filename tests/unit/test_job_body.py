@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from config import Settings
 from gpt_worker.api.job_body import read_job
-from gpt_worker.domain import DeliveryMode, JobSettings, NewTask
+from gpt_worker.domain import DeliveryMode, EncodedPrompt, JobSettings, NewTask
 from gpt_worker.errors import Invalid, TooLarge
 from gpt_worker.gpt import prompt_text
 from gpt_worker.jobs import JobRequest
@@ -113,6 +113,7 @@ def test_estimate_counts_template_and_instructions(service: Settings) -> None:
 def test_estimate_is_of_the_filled_template(service: Settings, template: str, task: Any) -> None:
     (read_task,) = tasks(service, [task], template=template)
 
+    assert not isinstance(read_task.prompt, EncodedPrompt)
     filled = prompt_text(JobSettings(template=template), read_task.prompt)
     assert read_task.tokens == estimate_prompt(filled)
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -110,6 +111,10 @@ class Mover:
             yield task
 
 
+class Message(dict[str, Any]):
+    """One that can be watched."""
+
+
 def statuses(database: Database) -> list[str]:
     with database.read() as session:
         return sorted(job.status for job in session.query(JobRow))
@@ -191,7 +196,7 @@ def test_refused_retry_changes_nothing(database: Database) -> None:
     job = jobs.find(caller, job_id)
     assert (job.status, job.run, job.failed) == (JobStatus.FAILED, 1, 10)
     with database.read() as session:
-        assert task_store.pending_page(session, job_id, -1, 100, 10**6) == []
+        assert task_store.pending_page(session, job_id, -1, 100, 10**6).tasks == []
 
 
 def test_retry_by_an_admin_counts_for_the_jobs_owner(database: Database) -> None:
@@ -441,3 +446,25 @@ def test_count_of_a_users_unfinished_jobs_reads_nobody_elses(database: Database)
             sql = str(statement.compile(session.get_bind(), compile_kwargs={"literal_binds": True}))
             [plan] = session.execute(text(f"EXPLAIN QUERY PLAN {sql}")).all()
             assert "ix_jobs_owner_status (owner_id=? AND status=?)" in plan.detail
+
+
+def test_messages_that_wait_to_be_stored_are_text(database: Database) -> None:
+    watched: list[weakref.ref[Message]] = []
+    most = 0
+
+    def tasks() -> Iterator[NewTask]:
+        nonlocal most
+        for number in range(SLICE_TASKS + 10):
+            message = Message(role="user", content=f"task {number}")
+            watched.append(weakref.ref(message))
+            yield NewTask(str(number), [message], 15)
+            most = max(most, sum(each() is not None for each in watched[-100:]))
+
+    job_id = make_jobs(database).submit(Caller(), request(tasks())).job_id
+
+    assert most <= 2
+    with database.read() as session:
+        page = task_store.pending_page(session, job_id, SLICE_TASKS - 1, 100, 10**6)
+    assert [task.prompt for task in page.tasks] == [
+        [{"role": "user", "content": f"task {number}"}] for number in range(SLICE_TASKS, SLICE_TASKS + 10)
+    ]

@@ -72,7 +72,7 @@ def job_of(database: Database, job: JobRow) -> JobRow:
 
 def results(database: Database, job: JobRow) -> list[TaskResult]:
     with database.read() as session:
-        return task_store.results_page(session, job.id, -1, 100_000)
+        return task_store.results_page(session, job.id, -1, 100_000).tasks
 
 
 def deliveries(database: Database) -> list[DeliveryRow]:

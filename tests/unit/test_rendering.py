@@ -3,12 +3,14 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+import sqlite3
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import event
 
 from gpt_worker import rendering
 from gpt_worker.db import Database
@@ -230,3 +232,32 @@ def test_job_without_decisions_streams_nothing_but_its_frame(database: Database)
         "results": {"a": None},
         "errors": {},
     }
+
+
+@pytest.mark.parametrize("form", [rendering.results_jsonl, rendering.results_json, rendering.results_csv])
+def test_no_page_holds_more_than_it_may_of_long_answers(
+    database: Database, monkeypatch: pytest.MonkeyPatch, form: Callable[[Database, str], Iterator[bytes]]
+) -> None:
+    monkeypatch.setattr(rendering, "PAGE_CHARACTERS", 10_000)
+    monkeypatch.setattr(rendering, "PIECE_CHARACTERS", 2000)
+    lengths = [10] * 500 + [1000] * 30 + [30_000] * 3 + [10] * 500
+    job = factories.store_job(database=database, tasks=len(lengths))
+    decide(database, job, {place: Answer("ü" * length) for place, length in enumerate(lengths)})
+    read: list[int] = []  # answers' characters, by page
+
+    def note(stored: bytes) -> str:
+        found = stored.decode()
+        read[-1] += found.count("ü")
+        return found
+
+    @event.listens_for(database._engine, "checkout")
+    def checkout(connection: sqlite3.Connection, *_others: object) -> None:
+        connection.text_factory = note
+        read.append(0)
+
+    pieces = [*form(database, job.id)]
+
+    shown = b"".join(pieces).decode()
+    assert shown.count("ü") == sum(lengths)
+    assert max(read) < 10_000 + 30_000
+    assert max(map(len, pieces)) < 2 * (2000 + 30_000 + 1000)

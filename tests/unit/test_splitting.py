@@ -23,18 +23,21 @@ def test_text_is_estimated_by_its_bytes(text: str, tokens: int) -> None:
     ("prompt", "tokens"),
     [
         ("a" * 400, 104),
-        ([{"role": "user", "content": "a" * 400}], 105),
-        ([{"role": "user", "content": [{"type": "text", "text": "a" * 400}]}], 106),
-        ({"text": "a" * 400, "n": 7}, 104),
+        ([{"role": "user", "content": "a" * 400}], 111),
+        ([{"role": "user", "content": [{"type": "text", "text": "a" * 400}]}], 117),
+        ({"text": "a" * 400, "n": 7}, 108),
+        ({"ü" * 200: 7}, 105),
+        ([{"role": "user", "content": [[]] * 1000}], 761),
         ({}, 4),
+        ([], 4),
     ],
 )
-def test_prompt_is_estimated_with_all_its_texts(prompt: Prompt, tokens: int) -> None:
+def test_prompt_is_estimated_with_all_that_it_has(prompt: Prompt, tokens: int) -> None:
     assert estimate_prompt(prompt) == tokens
 
 
-def test_template_and_instructions_count_for_every_task() -> None:
-    assert estimate_prompt("a" * 40, template_tokens=20, instructions_tokens=300) == 334
+def test_instructions_count_for_every_task() -> None:
+    assert estimate_prompt("a" * 40, instructions_tokens=300) == 314
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,17 @@
-"""Queries on tasks that are more than rows in and out: which of them a crash counts for, and which it fails."""
+"""Queries on tasks that are more than rows in and out: which of them a crash counts for, which it fails, and how much
+a page reads.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.orm import Session
 
 from gpt_worker.db import Database
-from gpt_worker.domain import ErrorCode, Failure, NewTask, Prompt, TaskState
+from gpt_worker.domain import Answer, ErrorCode, Failure, NewTask, Prompt, TaskState
 from gpt_worker.models import JobRow, TaskRow
 from gpt_worker.store import tasks as task_store
 from gpt_worker.store.bulk import ROWS
@@ -117,10 +121,100 @@ def test_tasks_of_every_form_come_back_as_they_were(database: Database) -> None:
         task_store.add_tasks(session, job.id, 1, tasks)
 
     with database.read() as session:
-        page = task_store.pending_page(session, job.id, 0, 1000, 1_000_000)
-        ids = [task.id for task in task_store.results_page(session, job.id, 0, 1000)]
+        page = task_store.pending_page(session, job.id, 0, 1000, 1_000_000).tasks
+        ids = [task.id for task in task_store.results_page(session, job.id, 0, 1000).tasks]
     assert [(task.position, task.prompt, task.tokens) for task in page] == [
         (place, task.prompt, task.tokens) for place, task in enumerate(tasks, 1)
     ]
     assert [(task.attempts, task.crashes) for task in page] == [(0, 0)] * len(tasks)
     assert ids == [task.id for task in tasks]
+
+
+# Pages
+
+
+def read_bytes(session: Session) -> list[int]:
+    """The sizes of all texts that the driver makes of the database's from now on."""
+    sizes: list[int] = []
+
+    def note(stored: bytes) -> str:
+        sizes.append(len(stored))
+        return stored.decode()
+
+    connection: Any = session.connection().connection.dbapi_connection
+    connection.text_factory = note
+    return sizes
+
+
+def store_prompts(database: Database, prompts: list[Prompt], tokens: int) -> JobRow:
+    job = factories.store_job(database=database, tasks=0)
+    tasks = [NewTask(str(place), prompt, tokens) for place, prompt in enumerate(prompts)]
+    with database.write() as session:
+        task_store.add_tasks(session, job.id, 0, tasks)
+    return job
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens", "length"),
+    [
+        ("a" * 4000, 1000, 10),
+        ([{"role": "user", "content": "a" * 4000}], 1000, 10),
+        ([{"role": "user", "content": [[]] * 1250}], 5, 1),  # as an earlier version counted them
+        ("a" * 400_000, 100_000, 1),
+    ],
+    ids=["text", "messages", "lists", "long"],
+)
+def test_page_reads_no_more_than_it_may_have_in_memory(
+    database: Database, prompt: Prompt, tokens: int, length: int
+) -> None:
+    job = store_prompts(database, [prompt] * 30, tokens)
+
+    with database.read() as session:
+        sizes = read_bytes(session)
+        page = task_store.pending_page(session, job.id, 4, 500, 10_000)
+
+    assert [task.position for task in page.tasks] == [*range(5, 5 + length)]
+    assert page.more
+    assert len(sizes) == length
+
+
+def test_short_page_is_the_last_and_a_full_one_may_not_be(database: Database) -> None:
+    job = store_prompts(database, ["a"] * 4, 1)
+
+    with database.read() as session:
+        pages = [task_store.pending_page(session, job.id, -1, limit, 100) for limit in (3, 4, 5)]
+        pages.append(task_store.pending_page(session, job.id, -1, 500, 4))
+        pages.append(task_store.pending_page(session, job.id, 3, 500, 4))
+
+    assert [(len(page.tasks), page.more) for page in pages] == [
+        (3, True),
+        (4, True),
+        (4, False),
+        (4, True),
+        (0, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("max_characters", "length", "more"),
+    [(None, 8, False), (8001, 8, False), (8000, 8, True), (2001, 3, True), (2000, 2, True), (1, 1, True)],
+)
+def test_page_of_results_ends_with_the_answer_that_fills_it(
+    database: Database, max_characters: int | None, length: int, more: bool
+) -> None:
+    job = factories.store_job(database=database, ids=[f"{place}" for place in range(8)])
+    outcomes = [
+        factories.outcome(job_id=job.id, position=place, decision=Answer("ü" * 1000)) for place in range(8)
+    ]
+    with database.write() as session:
+        task_store.record_answers(session, job.id, outcomes)
+
+    with database.read() as session:
+        sizes = read_bytes(session)
+        page = task_store.results_page(session, job.id, -1, 1000, max_characters)
+
+    assert [(task.id, len(task.answer or "")) for task in page.tasks] == [
+        (str(place), 1000) for place in range(length)
+    ]
+    assert page.more is more
+    assert sizes.count(2000) == length
