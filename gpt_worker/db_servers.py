@@ -154,9 +154,8 @@ class Server:
         }
         match self._dialect:
             case "postgresql":
-                self.read_options = {
-                    "isolation_level": "REPEATABLE READ"
-                }  # of the client's: it costs nothing
+                # Of the client's: it costs nothing.
+                self.read_options = {"isolation_level": "REPEATABLE READ"}
                 self.write_options = {"isolation_level": "READ COMMITTED"}
                 self.engine_options["connect_args"] = {
                     "connect_timeout": CONNECT_TIMEOUT_S,
@@ -185,9 +184,8 @@ class Server:
         for name in ours.keys() & url.query.keys():  # what the address says goes first
             del ours[name]
         if self._dialect == "mysql" and url.query.get("ssl") in ("true", "1"):  # as other programs have it
-            ours["ssl"] = {
-                "ca": None
-            }  # TLS, and whoever answers is believed; ssl_ca=… in the address asks who it is
+            # TLS, and whoever answers is believed; ssl_ca=… in the address asks who it is.
+            ours["ssl"] = {"ca": None}
 
     def __str__(self) -> str:
         return f"the database {self._where}"

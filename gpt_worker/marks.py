@@ -6,9 +6,7 @@ from typing import TypeVar
 K = TypeVar("K")
 V = TypeVar("V")
 
-MAX_MARKS = (
-    10_000  # more than the unfinished jobs of a few users may name: what is learned of theirs lasts as long
-)
+MAX_MARKS = 10_000  # more than the unfinished jobs of a few users may name: what is learned of theirs lasts
 
 
 class Marks(dict[K, V]):

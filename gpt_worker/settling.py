@@ -49,9 +49,8 @@ class Settling:
         self._wake = wake
         self._jitter = jitter
         self._groups: dict[tuple[str, str, str], QuotaGroup] = {}
-        self._unpackable: Marks[tuple[str, str], float] = (
-            Marks()
-        )  # (base URL, model) → when packs are tried again
+        # (base URL, model) → when packs are tried again.
+        self._unpackable: Marks[tuple[str, str], float] = Marks()
         self.aborted = False  # calls that fail now were cut by us
 
     def packs(self, lane: Lane, job: JobRun, now_s: float) -> bool:

@@ -108,9 +108,8 @@ class Link:
             while data := client.recv(READ_BYTES):
                 self._flows.wait()
                 said.append(data)
-                if (
-                    COMMIT in data[-len(COMMIT) - 8 :]
-                ):  # which is sent alone, after the reply to what went before
+                # Which is sent alone, after the reply to what went before.
+                if COMMIT in data[-len(COMMIT) - 8 :]:
                     cut = self._cut_for(b"".join(said))
                     said.clear()
                     if cut is not None:

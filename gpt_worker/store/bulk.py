@@ -14,12 +14,8 @@ from gpt_worker.models import TaskRow
 TASKS = cast(Table, TaskRow.__table__)
 ROWS = 250  # a statement
 CHARACTERS = 100_000  # a statement: 1 MiB at most, as MySQL has them, unless one text alone is larger
-NEW = (
-    "position",
-    "id",
-    "prompt",
-    "tokens",
-)  # of a task that is stored; the other columns are as PENDING has them
+# Of a task that is stored; the other columns are as PENDING has them.
+NEW = ("position", "id", "prompt", "tokens")
 
 _INSERT = "INSERT INTO tasks (job_id, position, id, prompt, tokens, state, attempts) "
 _SQLITE_ROW = f"(?1,?,?,?,?,{TaskState.PENDING:d},0)"

@@ -77,10 +77,8 @@ def test_prompts_of_several_mib_are_asked(service: Service, upstream: Upstream) 
 
     job_id = service.submit(texts, prefer="respond-async").json()["id"]
 
-    assert service.wait_finished(job_id, 60)["status"] in (
-        "succeeded",
-        "failed",
-    )  # too long for a model, it may be
+    # Too long for a model, it may be.
+    assert service.wait_finished(job_id, 60)["status"] in ("succeeded", "failed")
     assert {call.user_text for call in upstream.calls()} == set(texts)
 
 

@@ -314,9 +314,8 @@ def migrate(dialect: str, direction: str) -> str:
     return output.getvalue()
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in DIALECTS if name != "sqlite"]
-)  # which alters no table in place
+# Which alters no table in place.
+@pytest.mark.parametrize("name", [name for name in DIALECTS if name != "sqlite"])
 def test_every_migration_has_words_there_and_back(name: str) -> None:
     dialect = DIALECTS[name]().name
 
