@@ -1,8 +1,12 @@
 """What every test gets: a process without the developer's proxies and settings."""
 
 import os
+import signal
 
 import pytest
+
+# What a script starts in the background ignores SIGINT, and so would all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SETTINGS = frozenset(
     {
