@@ -3,6 +3,7 @@
 What is particular to SQLite stands in `sqlite`, to databases on servers in `db_servers`.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,6 +60,15 @@ def trouble_of(error: BaseException) -> str | None:
     if isinstance(error, DatabaseError) and (words := sqlite.trouble_of(error)):
         return words
     return db_servers.trouble_of(error) if isinstance(error, DBAPIError) else None
+
+
+def log_failure(
+    log: logging.Logger, message: str, error: BaseException, level: int = logging.ERROR, **facts: object
+) -> None:
+    """One line that adds what the database has against it; for a bug of ours, its traceback."""
+    trouble = trouble_of(error)
+    words = f"{message}: {trouble}" if trouble else message
+    log.log(level, "%s", words, exc_info=None if trouble else error, extra=facts)
 
 
 def is_full(error: BaseException) -> bool:

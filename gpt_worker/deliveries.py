@@ -29,7 +29,7 @@ from sqlalchemy.orm import Session
 from config import Settings
 from gpt_worker import rendering, signing
 from gpt_worker.addresses import is_loopback
-from gpt_worker.db import Database, trouble_of
+from gpt_worker.db import Database, log_failure, trouble_of
 from gpt_worker.domain import HIDDEN, Caller, DeliveryStatus, utc_now
 from gpt_worker.errors import Conflict, Forbidden, NotFound
 from gpt_worker.models import DeliveryRow
@@ -533,13 +533,7 @@ class Deliveries:
                 if now_s < self._told_at_s.get(trouble, -SAY_AGAIN_S) + SAY_AGAIN_S:
                     return
                 self._told_at_s[trouble] = now_s
-        logger.error(
-            "%s%s",
-            message,
-            f": {trouble}" if trouble else ".",
-            exc_info=None if trouble else error,
-            extra={"action": action},
-        )
+        log_failure(logger, message, error, action=action)
 
 
 class _NotCalled(Exception):

@@ -12,7 +12,7 @@ from typing import Protocol
 from sqlalchemy.exc import SQLAlchemyError
 
 from gpt_worker.backoff import Tries
-from gpt_worker.db import Database, trouble_of
+from gpt_worker.db import Database, log_failure
 from gpt_worker.domain import utc_now
 from gpt_worker.fair_queue import FairQueue, JobRun, QueuedTask
 from gpt_worker.store import tasks as task_store
@@ -105,12 +105,9 @@ class Feeder:
                     if left <= 0 or read >= PAGE_TASKS:
                         break
         except SQLAlchemyError as error:
-            trouble = trouble_of(error)
-            log.error(
-                "a page of tasks can't be read; trying again%s",
-                f": {trouble}" if trouble else "",
-                exc_info=None if trouble else error,
-                extra={"action": "feed", "job_id": jobs[min(len(pages), len(jobs) - 1)].id},
+            job_id = jobs[min(len(pages), len(jobs) - 1)].id
+            log_failure(
+                log, "a page of tasks can't be read; trying again", error, action="feed", job_id=job_id
             )
             threading.Event().wait(RETRY_READ_S)
             return

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from datetime import datetime, timedelta
 
-from gpt_worker.db import Database, trouble_of
+from gpt_worker.db import Database, log_failure, trouble_of
 from gpt_worker.domain import utc_now
 from gpt_worker.store import deliveries as delivery_store
 from gpt_worker.store import jobs as job_store
@@ -68,12 +68,7 @@ class Janitor:
             except Exception as error:
                 trouble = trouble_of(error)
                 if not (trouble and self._troubled):
-                    log.error(
-                        "cleaning up failed; trying again%s",
-                        f": {trouble}" if trouble else "",
-                        exc_info=None if trouble else error,
-                        extra={"action": "sweep"},
-                    )
+                    log_failure(log, "cleaning up failed; trying again", error, action="sweep")
                 self._troubled = trouble is not None
                 wait_s = AFTER_TROUBLE_S if trouble else AFTER_BUG_S
             self._wanted.wait(wait_s)

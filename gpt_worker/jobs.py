@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from config import Settings
-from gpt_worker.db import Database, trouble_of
+from gpt_worker.db import Database, log_failure, trouble_of
 from gpt_worker.dispatcher import Dispatcher
 from gpt_worker.domain import (
     HIDDEN,
@@ -286,13 +286,8 @@ class Jobs:
         try:
             step()
         except Exception as error:
-            trouble = trouble_of(error)
-            log.warning(
-                "what a failed submit has stored is taken back later%s",
-                f": {trouble}" if trouble else "",
-                exc_info=None if trouble else error,
-                extra={"action": "owe"},
-            )
+            message = "what a failed submit has stored is taken back later"
+            log_failure(log, message, error, logging.WARNING, action="owe")
             self._owe(step)
 
     def _owe(self, step: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from datetime import datetime
 
 from sqlalchemy.orm import Session
 
-from gpt_worker.db import Database, trouble_of
+from gpt_worker.db import Database, log_failure
 from gpt_worker.domain import Answer, DeliveryMode, ErrorCode, Failure, Outcome, utc_now
 from gpt_worker.models import JobRow
 from gpt_worker.store import deliveries as delivery_store
@@ -181,7 +181,9 @@ class Recorder:
                 break
             except Exception as error:  # whatever it is, an answer that was paid for is not dropped
                 if self._stores:
-                    _say_unhealthy(error)
+                    log_failure(
+                        log, "answers can't be stored; nothing is sent meanwhile", error, action="record"
+                    )
                 self._stores = False
                 if self._stopping:
                     log.error(
@@ -270,16 +272,6 @@ class Recorder:
             file_store.owe(session, job.id, job.run, now)
             ended.append(job)
         return ended
-
-
-def _say_unhealthy(error: Exception) -> None:
-    trouble = trouble_of(error)
-    log.error(
-        "answers can't be stored; nothing is sent meanwhile%s",
-        f": {trouble}" if trouble else "",
-        exc_info=None if trouble else error,
-        extra={"action": "record"},
-    )
 
 
 def _decided(outcome: Outcome) -> bool:

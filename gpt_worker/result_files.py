@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from gpt_worker import rendering
 from gpt_worker.backoff import drive_wait_s
-from gpt_worker.db import Database, trouble_of
+from gpt_worker.db import Database, log_failure, trouble_of
 from gpt_worker.domain import FileState, utc_now
 from gpt_worker.drives import Drive, DriveError, NoFile
 from gpt_worker.models import JobRow
@@ -234,13 +234,7 @@ class ResultFiles:
             log.info("the drive (%s) can be used again", self._drive.name, extra={"action": "drive"})
 
     def _say_broken(self, error: Exception) -> None:
-        trouble = trouble_of(error)
-        if trouble is not None and self._database_failed:
+        if trouble_of(error) is not None and self._database_failed:
             return
         self._database_failed = True
-        log.error(
-            "files of results can't be written; trying again%s",
-            f": {trouble}" if trouble else "",
-            exc_info=None if trouble else error,
-            extra={"action": "drive"},
-        )
+        log_failure(log, "files of results can't be written; trying again", error, action="drive")

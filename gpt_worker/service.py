@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from config import Settings, SettingsError
 from gpt_worker.accounts import Accounts
-from gpt_worker.db import Database, trouble_of
+from gpt_worker.db import Database, log_failure, trouble_of
 from gpt_worker.deliveries import Deliveries
 from gpt_worker.dispatcher import Dispatcher
 from gpt_worker.domain import ErrorCode, Failure, JobStatus
@@ -193,12 +193,8 @@ class Service:
         except SQLAlchemyError as error:
             trouble = trouble_of(error)
             if not (trouble and self._troubled):
-                log.warning(
-                    "the database can't be read for the metrics%s",
-                    f": {trouble}" if trouble else "",
-                    exc_info=None if trouble else error,
-                    extra={"action": "metrics"},
-                )
+                message = "the database can't be read for the metrics"
+                log_failure(log, message, error, logging.WARNING, action="metrics")
             self._troubled = trouble is not None
             stored = None
         return Snapshot(
