@@ -910,7 +910,7 @@ def test_bug_of_the_deliveries_is_told_of_with_a_traceback(
     outbox.start()
 
     receiver.wait_for(1)
-    assert complaints(caplog) == [("Due deliveries can't be read.", True)] * 2
+    assert complaints(caplog) == [("Due deliveries can't be read", True)] * 2
 
 
 def test_bug_in_rendering_is_an_attempt_and_goes_by_the_schedule(outbox: Outbox, receiver: Receiver) -> None:
