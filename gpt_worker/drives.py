@@ -258,6 +258,7 @@ class LocalDrive:
         self.name = name
         self._root = root
         self._new = root / new
+        self._was_there = False
 
     def check(self) -> None:
         said = secrets.token_bytes(16)
@@ -269,11 +270,19 @@ class LocalDrive:
             self._new.unlink()
 
     def stage(self) -> AbstractContextManager[IO[bytes]]:
-        return _staged(self._new)
+        return _staged(self._new, self._make_root)
+
+    def _make_root(self) -> None:
+        """Where what it is in is moved away, no new one is made in its place."""
+        if self._was_there and not self._root.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        _make_directory(self._root)
+        self._was_there = True
 
     def put(self, name: str) -> int:
         target = self._root / name
         with _translated():
+            self._make_root()
             _make_directory(target.parent)
             return self._new.replace(target).stat().st_size
 
@@ -324,10 +333,10 @@ class _NewFile(io.FileIO):
 
 
 @contextmanager
-def _staged(path: Path) -> Iterator[IO[bytes]]:
+def _staged(path: Path, make_directory: Callable[[], None]) -> Iterator[IO[bytes]]:
     """A new file, empty, readable by its owner alone, and synced at the end."""
     try:
-        _make_directory(path.parent)
+        make_directory()
         _check_room(path.parent)
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         with io.BufferedWriter(_NewFile(os.open(path, flags, 0o600), path.parent)) as file:
@@ -389,7 +398,7 @@ class RemoteDrive:
             raise DriveError("it does not keep what is written")
 
     def stage(self) -> AbstractContextManager[IO[bytes]]:
-        return _staged(self._new)
+        return _staged(self._new, lambda: _make_directory(self._new.parent))
 
     def put(self, name: str) -> int:
         source = self._new

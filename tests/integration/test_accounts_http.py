@@ -129,6 +129,7 @@ class From(HTTPAdapter):
         super().init_poolmanager(*args, **kwargs, source_address=(self._address, 0))
 
 
+@pytest.mark.slow
 def test_strangers_who_keep_logging_in_at_one_address_keep_nobody_out(service: Service) -> None:
     earlier = service.admin
     stop = threading.Event()

@@ -50,7 +50,9 @@ def service(start: Callable[..., tuple[Service, Upstream]]) -> Service:
     return service
 
 
-@pytest.mark.parametrize(("size_bytes", "most_mib"), [(4 * MIB, 170), (MIB - 100, 420)])
+@pytest.mark.parametrize(
+    ("size_bytes", "most_mib"), [(4 * MIB, 170), pytest.param(MIB - 100, 420, marks=pytest.mark.slow)]
+)
 def test_many_at_once_take_turns_and_little_memory(service: Service, size_bytes: int, most_mib: int) -> None:
     body = job(size_bytes)
     count = 5 if size_bytes > MIB else 24

@@ -81,7 +81,7 @@ def modes_of_open_files(service: Service) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("environment", ["development", "production"])
+@pytest.mark.parametrize("environment", [pytest.param("development", marks=pytest.mark.slow), "production"])
 def test_secrets_and_texts_stay_where_they_belong(tmp_path: Path, watch: Watch, environment: str) -> None:
     with Upstream({key: KeyRules() for key in KEYS}) as upstream, Receiver() as receiver:
         env = {

@@ -733,6 +733,7 @@ def test_guesses_from_many_networks_lock_an_address_for_all(accounts: Accounts) 
     assert 0 < locked.value.retry_after_s <= 1
 
 
+@pytest.mark.slow
 def test_many_networks_that_go_on_lock_an_address_for_half_a_minute_at_a_time(
     accounts: Accounts, clock: FakeClock
 ) -> None:

@@ -125,6 +125,22 @@ def test_a_staged_file_that_is_given_up_changes_nothing(drive: Drive) -> None:
     assert b"".join(drive.read(NAME, 3)) == b"one"
 
 
+def test_local_drive_is_not_made_anew_where_its_directory_was_moved_away(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    drive = LocalDrive(data_dir / "drive", "local")
+    drive.check()
+
+    with drive.stage() as file:
+        file.write(b"one")
+    data_dir.rename(tmp_path / "elsewhere")
+    with pytest.raises(DriveError):
+        drive.put(NAME)
+    with pytest.raises(DriveError):
+        put(drive, b"two")
+
+    assert not data_dir.exists()
+
+
 def test_local_files_are_their_owners_alone(tmp_path: Path) -> None:
     drive = LocalDrive(tmp_path / "deep" / "drive", "local")
 

@@ -71,7 +71,7 @@ class Dispatcher:
         return taken, most
 
 
-@pytest.mark.parametrize(("jobs", "tasks"), [(1, 40), (40, 1)])
+@pytest.mark.parametrize(("jobs", "tasks"), [(1, 15), (15, 1)])
 def test_prompts_that_take_much_memory_come_a_few_at_a_time(
     database: Database, jobs: int, tasks: int
 ) -> None:
