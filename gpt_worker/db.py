@@ -210,17 +210,17 @@ class Database:
 
     def _begun(self) -> Session:
         """A session whose writing transaction has begun."""
-        for is_last in (False, True):
+        while True:
             session = self._writers()
             try:
-                session.connection()
-            except DatabaseError as error:
+                connection = session.connection()
+                if not self._home.is_outdated(connection):
+                    return session
+                connection.invalidate()
+            except BaseException:
                 session.close()
-                if is_last or not self._home.is_worth_a_new_connection(error):
-                    raise
-            else:
-                break
-        return session
+                raise
+            session.close()
 
     def takes(self, value: str) -> bool:
         """Whether a text is not too large to be stored, which some servers know limits for."""

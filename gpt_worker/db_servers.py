@@ -301,8 +301,8 @@ class Server:
     def is_locked(self, error: DBAPIError) -> bool:
         return False  # another program can't lock out all our writers
 
-    def is_worth_a_new_connection(self, error: DBAPIError) -> bool:
-        return False
+    def is_outdated(self, connection: Connection) -> bool:
+        return False  # the pool asks each one whether it is alive
 
     def why_not_started(self, error: DBAPIError) -> str | None:
         """Why a start fails; None for a bug."""

@@ -30,6 +30,7 @@ DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 # A connection that has met one of these is not used again: one that was opened while the file could not be written
 # would stay read-only for ever.
 UNSOUND = DAMAGED | {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR}
+READ_ONLY = "read_only"  # of a connection: what SQLite makes, without a word, where it may not write
 TROUBLES = LOCKED | UNSOUND | {sqlite3.SQLITE_FULL, sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL}
 
 
@@ -72,11 +73,17 @@ class SqliteFile:
         _prepare_connections(engine)
 
         @event.listens_for(engine, "do_connect")
-        def do_connect(_dialect: object, _record: object, args: list[Any], options: dict[str, Any]) -> None:
+        def do_connect(_dialect: object, record: Any, args: list[Any], options: dict[str, Any]) -> None:
             if self._opened is None:
                 self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             else:  # SQLite must not make a new file where the old one was
                 args[0], options["uri"] = f"file:{quote(str(self.path))}?mode=rw", True
+                record.info[READ_ONLY] = not self._is_writable()
+
+        @event.listens_for(engine, "connect")
+        def connect(_connection: object, record: Any) -> None:
+            if self._opened is not None and not self._is_writable():  # now, or when it was opened
+                record.info[READ_ONLY] = True
 
         @event.listens_for(engine, "handle_error")
         def handle_error(context: ExceptionContext) -> None:
@@ -120,9 +127,12 @@ class SqliteFile:
     def is_locked(self, error: DBAPIError) -> bool:
         return error_code(error) in LOCKED
 
-    def is_worth_a_new_connection(self, error: DBAPIError) -> bool:
-        """Whether the connection may be one that was opened while the file could not be written."""
-        return error_code(error) == sqlite3.SQLITE_READONLY
+    def is_outdated(self, connection: Connection) -> bool:
+        """Whether it was opened while the file could not be written, which it can be now: it would never be able to."""
+        return bool(connection.connection.info.get(READ_ONLY)) and self._is_writable()
+
+    def _is_writable(self) -> bool:
+        return os.access(self.path, os.W_OK)
 
     def why_not_started(self, error: DBAPIError) -> str | None:
         """Why a start fails, and what to do; None for a bug."""
