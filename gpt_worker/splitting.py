@@ -12,8 +12,12 @@ CHUNKS_PER_THREAD = 4
 
 def estimate_tokens(text: str) -> int:
     """Prompt tokens of a text, at least 1: UTF-8 bytes ÷ 4, so that no tokenizer is needed."""
-    size_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
-    return size_bytes // BYTES_PER_TOKEN or 1
+    return size_bytes(text) // BYTES_PER_TOKEN or 1
+
+
+def size_bytes(text: str) -> int:
+    """In UTF-8, as it is sent."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 def estimate_prompt(prompt: Prompt, instructions_tokens: int = 0) -> int:

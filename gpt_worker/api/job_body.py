@@ -15,7 +15,7 @@ from gpt_worker.domain import DeliveryMode, JobSettings, NewTask, Prompt, compac
 from gpt_worker.errors import FieldError, Invalid, TooLarge
 from gpt_worker.gpt import template_parts
 from gpt_worker.jobs import JobRequest
-from gpt_worker.splitting import BYTES_PER_TOKEN, estimate_prompt, estimate_tokens
+from gpt_worker.splitting import BYTES_PER_TOKEN, estimate_prompt, estimate_tokens, size_bytes
 
 MAX_ID_LENGTH = 200
 MAX_METADATA = 16
@@ -165,7 +165,7 @@ class TaskReader:
         if settings.template is not None:
             parts = template_parts(settings.template)
             self._variables = Counter(name for _, name in parts if name is not None)
-            self._literal_bytes = sum(_size_bytes(literal) for literal, _ in parts)
+            self._literal_bytes = sum(size_bytes(literal) for literal, _ in parts)
         self._instructions_tokens = estimate_tokens(settings.instructions) if settings.instructions else 0
         self._no_tokens = estimate_prompt([], instructions_tokens=self._instructions_tokens)
 
@@ -185,14 +185,14 @@ class TaskReader:
         """How large the template is with the task in it, which is not made for that; Invalid if it is too large."""
         assert self._variables is not None  # without a template, a task that is a text goes the short way
         values = {"text": prompt} if isinstance(prompt, str) else prompt
-        size_bytes = self._literal_bytes + sum(
-            count * _size_bytes(str(values[name])) for name, count in self._variables.items()
+        filled_bytes = self._literal_bytes + sum(
+            count * size_bytes(str(values[name])) for name, count in self._variables.items()
         )
-        if size_bytes > self._max_filled_bytes:
+        if filled_bytes > self._max_filled_bytes:
             raise Invalid.at(
                 f"fills the template to more than {self._max_filled_bytes} bytes (MAX_JSON_BYTES)", *loc
             )
-        return size_bytes
+        return filled_bytes
 
     def _prompt(self, value: Any, loc: tuple[str | int, ...]) -> Prompt:
         if isinstance(value, dict):
@@ -228,10 +228,6 @@ class TaskReader:
         for name in sorted(self._variables.keys() - value.keys()):
             raise Invalid.at(f"the template needs the variable {name!r}", *loc)
         return {name: variable for name, variable in value.items() if name in self._variables}
-
-
-def _size_bytes(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
 
 
 def _messages(value: Any, loc: tuple[str | int, ...]) -> Prompt:

@@ -369,15 +369,21 @@ def test_kill_9_between_a_file_and_the_note_of_it_loses_neither(start: Start, tm
     assert json.loads(content)["result"] == "answer to: hello"
 
 
+def change_database(service: Service, *statements: str) -> None:
+    """Kills the service, and does this to what it leaves behind."""
+    service.kill()
+    (path,) = service.data_dir.glob("*.sqlite3")
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for statement in statements:
+            database.execute(statement)
+        database.commit()
+
+
 def test_the_link_gives_the_file_and_the_database_when_that_is_lost(start: Start) -> None:
     service, _ = start()
     job_id = service.submit({"a": "one"}).json()["id"]
     wait_written(service, 1)
-    service.kill()
-    (path,) = service.data_dir.glob("*.sqlite3")
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("UPDATE tasks SET answer = 'of the database'")
-        database.commit()
+    change_database(service, "UPDATE tasks SET answer = 'of the database'")
     service.start()
 
     def result() -> Any:
@@ -437,14 +443,13 @@ def test_a_table_of_files_comes_to_a_database_that_has_none(start: Start) -> Non
     service, _ = start()
     earlier = service.submit({"a": "earlier"}).json()["id"]
     wait_written(service, 1)
-    service.kill()
-    (path,) = service.data_dir.glob("*.sqlite3")
-    with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("DROP TABLE result_files")
-        database.execute("DROP TABLE owners")
-        database.execute("DROP INDEX ix_jobs_owner_status")
-        database.execute("UPDATE alembic_version SET version_num = '0002'")
-        database.commit()
+    change_database(
+        service,
+        "DROP TABLE result_files",
+        "DROP TABLE owners",
+        "DROP INDEX ix_jobs_owner_status",
+        "UPDATE alembic_version SET version_num = '0002'",
+    )
 
     service.start()
 
