@@ -5,13 +5,13 @@ Every error tells the line, and tasks are made only as they are asked for, so a 
 
 import csv
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from werkzeug.exceptions import BadRequest
 
 from gpt_worker.api.file_lines import FileLines, LineTooLong
-from gpt_worker.api.job_body import TASK_FORMS, TaskReader, check_id
+from gpt_worker.api.job_body import MAX_ID_LENGTH, TASK_FORMS, TaskReader, check_id
 from gpt_worker.api.parsing import not_utf8, parse_line, parse_lines
 from gpt_worker.api.seen_ids import SeenIds
 from gpt_worker.domain import JobSettings, NewTask
@@ -24,6 +24,8 @@ MAX_COLUMNS = 1000
 QUOTED = re.compile(r'"[^"]*"')
 
 SHAPES = frozenset(names for form in TASK_FORMS for names in ((form,), ("id", form), (form, "id")))
+NO_ID = ("text",)
+TEXTS = frozenset({NO_ID, ("id", "text"), ("text", "id")})
 
 Row = tuple[int, dict[str, Any]]
 """A line's number, and what it says: an "id" if it has one, and one of TASK_FORMS."""
@@ -40,7 +42,24 @@ def jsonl_tasks(
         TooLarge: too many tasks, or too long a line.
     """
     lines = FileLines(pieces, max_line_bytes, blank=b" \t\r\n")
-    return _tasks(_jsonl_rows(lines), settings, max_line_bytes, max_tasks)
+    tasks = _Tasks(settings, max_line_bytes, max_tasks)
+    one_by_one_to = 1  # the first may begin with a BOM
+    while True:
+        if lines.number >= one_by_one_to:
+            whole = lines.peek_whole()
+            many = parse_lines(whole)
+            if many is not None:
+                yield from tasks.of_lines(many, lines.number + 1)
+                lines.pass_over(whole)
+                continue
+            one_by_one_to = lines.number + whole.count(b"\n")
+        raw = lines.next(skip_blank=True)
+        if raw is None:
+            break
+        said = parse_line(raw, lines.number)
+        _check_members(said, lines.number)
+        yield tasks.of_row(lines.number, said)
+    tasks.check_any()
 
 
 def csv_tasks(
@@ -54,50 +73,68 @@ def csv_tasks(
         TooLarge: too many tasks, or too long a row.
     """
     lines = FileLines(pieces, max_row_bytes, blank=b"\r\n")
-    return _tasks(_csv_rows(lines, settings, max_row_bytes), settings, max_row_bytes, max_tasks)
+    tasks = _Tasks(settings, max_row_bytes, max_tasks)
+    for line, said in _csv_rows(lines, settings, max_row_bytes):
+        yield tasks.of_row(line, said)
+    tasks.check_any()
 
 
-def _tasks(
-    rows: Iterator[Row], settings: JobSettings, max_json_bytes: int, max_tasks: int
-) -> Iterator[NewTask]:
-    reader = TaskReader(settings, max_json_bytes)
-    is_new = SeenIds().add
-    index = -1
-    for index, (line, said) in enumerate(rows):
-        if index == max_tasks:
-            raise TooLarge(f"a job may have at most {max_tasks} tasks (MAX_TASKS)")
-        id_ = check_id(said.pop("id"), ("line", line, "id")) if "id" in said else str(index)
-        if not is_new(id_):
-            raise Invalid.at(f"the id {id_!r} is given twice", "line", line, "id")
-        yield reader.read(said, id_, ("line", line))
-    if index < 0:
-        raise Invalid.at("the file needs at least one task", "file")
+class _Tasks:
+    """Makes the tasks of what lines or rows say, in order: no id twice, and no more tasks than there may be."""
+
+    def __init__(self, settings: JobSettings, max_json_bytes: int, max_tasks: int) -> None:
+        self._reader = TaskReader(settings, max_json_bytes)
+        self._is_new = SeenIds().add
+        self._max_tasks = max_tasks
+        self._count = 0
+
+    def of_row(self, line: int, said: dict[str, Any]) -> NewTask:
+        """The task of one row, from which its id is taken."""
+        if self._count == self._max_tasks:
+            raise TooLarge(f"a job may have at most {self._max_tasks} tasks (MAX_TASKS)")
+        id_ = check_id(said.pop("id"), ("line", line, "id")) if "id" in said else str(self._count)
+        if not self._is_new(id_):
+            raise _given_twice(id_, line)
+        self._count += 1
+        return self._reader.read(said, id_, ("line", line))
+
+    def of_lines(self, many: Sequence[dict[str, str]], first_line: int) -> Iterable[NewTask]:
+        """The tasks of so many lines; sooner where each says a text, or a text and an id, and no more."""
+        ids = self._ids_of_texts(many)
+        if ids is None:
+            return self._one_by_one(many, first_line)
+        is_new = self._is_new
+        for line, id_ in enumerate(ids, first_line):
+            if not is_new(id_):
+                raise _given_twice(id_, line)
+        self._count += len(many)
+        return self._reader.read_texts([said["text"] for said in many], ids)
+
+    def _ids_of_texts(self, many: Sequence[dict[str, str]]) -> Sequence[str] | None:
+        """The ids of lines that say nothing else but texts that are tasks as they are; None for any others."""
+        end = self._count + len(many)
+        shapes = set(map(tuple, many))
+        if not shapes <= TEXTS or not self._reader.takes_texts or end > self._max_tasks:
+            return None
+        if len(shapes) > 1 and NO_ID in shapes:
+            return None
+        ids = [*map(str, range(self._count, end))] if NO_ID in shapes else [said["id"] for said in many]
+        are_right = all(ids) and max(map(len, ids)) <= MAX_ID_LENGTH and all(said["text"] for said in many)
+        return ids if are_right else None
+
+    def _one_by_one(self, many: Iterable[dict[str, str]], first_line: int) -> Iterator[NewTask]:
+        for line, said in enumerate(many, first_line):
+            _check_members(said, line)
+            yield self.of_row(line, said)
+
+    def check_any(self) -> None:
+        """Invalid if there was no task."""
+        if not self._count:
+            raise Invalid.at("the file needs at least one task", "file")
 
 
-# JSONL
-
-
-def _jsonl_rows(lines: FileLines) -> Iterator[Row]:
-    one_by_one_to = 1  # the first may begin with a BOM
-    while True:
-        if lines.number >= one_by_one_to:
-            whole = lines.peek_whole()
-            many = parse_lines(whole)
-            if many is not None:
-                yield from _checked(enumerate(many, lines.number + 1))
-                lines.pass_over(whole)
-                continue
-            one_by_one_to = lines.number + whole.count(b"\n")
-        raw = lines.next(skip_blank=True)
-        if raw is None:
-            return
-        yield from _checked([(lines.number, parse_line(raw, lines.number))])
-
-
-def _checked(rows: Iterable[tuple[int, Any]]) -> Iterator[Row]:
-    for line, said in rows:
-        _check_members(said, line)
-        yield line, said
+def _given_twice(id_: str, line: int) -> Invalid:
+    return Invalid.at(f"the id {id_!r} is given twice", "line", line, "id")
 
 
 def _check_members(said: Any, line: int) -> None:

@@ -4,7 +4,7 @@ Settings go through their schema; tasks are checked by hand, since there may be 
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -180,6 +180,16 @@ class TaskReader:
         else:
             tokens = self._no_tokens + (self._filled_bytes(prompt, loc) // BYTES_PER_TOKEN or 1)
         return NewTask(id_, prompt, tokens)
+
+    @property
+    def takes_texts(self) -> bool:
+        """Whether a text is a task as it is."""
+        return self._variables is None
+
+    def read_texts(self, texts: Iterable[str], ids: Iterable[str]) -> Iterator[NewTask]:
+        """`read` for many, where `takes_texts`; none of the texts is empty."""
+        tokens = (self._no_tokens + estimate_tokens(text) for text in texts)
+        return map(NewTask, ids, texts, tokens)
 
     def _filled_bytes(self, prompt: str | dict[str, Any], loc: tuple[str | int, ...]) -> int:
         """How large the template is with the task in it, which is not made for that; Invalid if it is too large."""

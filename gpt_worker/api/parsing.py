@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
+from itertools import chain
 from typing import Any, NoReturn
 
 import jiter
@@ -86,7 +87,7 @@ def parse_line(raw: bytes, line: int) -> Any:
         except ValueError:
             pass  # what is wrong is found, and told, below
         else:
-            if _holds_only_texts(value):
+            if isinstance(value, dict) and set(map(type, value.values())) <= {str}:
                 return value  # nothing in it can be unusable: millions of lines are not searched for that
     try:
         with _large_line if len(raw) > ONE_AT_A_TIME_BYTES else nullcontext():
@@ -119,16 +120,10 @@ def parse_lines(whole: bytes) -> list[dict[str, str]] | None:
         )
     except ValueError:
         return None
-    return values if len(values) == count and all(map(_holds_only_texts, values)) else None
-
-
-def _holds_only_texts(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    for member in value.values():  # noqa: SIM110 (`all` takes twice the time)
-        if not isinstance(member, str):
-            return False
-    return True
+    if len(values) != count or set(map(type, values)) != {dict}:
+        return None
+    members = chain.from_iterable(map(dict.values, values))
+    return values if set(map(type, members)) <= {str} else None
 
 
 def not_utf8(line: int) -> BadRequest:

@@ -60,6 +60,11 @@ ODD_LINES = [
     b'{"text": "a"}',
     b'{"text": "b", "id": "x"}',
     b'{"id": "y", "text": "\\u00e9}"}',
+    b'{"id": "1", "text": "c"}',
+    b'{"id": "", "text": "c"}',
+    b'{"id": "%s", "text": "c"}' % (b"i" * 201),
+    b'{"id": "e", "text": ""}',
+    b'{"text": ""}',
     b'{"text": "}"}',
     b'{"text": "a"},{"text": "b"}',
     b'{"text": "a"},{"id": "z"',
@@ -82,14 +87,12 @@ ODD_LINES = [
 ]
 
 
-def told(pieces: Iterable[bytes]) -> list[NewTask | str]:
-    """The tasks, and behind them the error that ended it."""
-    read: list[NewTask | str] = []
+def told(pieces: Iterable[bytes], max_tasks: int = 100) -> list[NewTask] | str:
+    """The tasks, or the error in place of them all."""
     try:
-        read.extend(jsonl_tasks(pieces, PLAIN, 1 << 20, 100))
-    except (BadRequest, Invalid) as error:
-        read.append(f"{error.description if isinstance(error, BadRequest) else error} {vars(error)}")
-    return read
+        return [*jsonl_tasks(pieces, PLAIN, 1 << 20, max_tasks)]
+    except (BadRequest, Invalid, TooLarge) as error:
+        return f"{error.description if isinstance(error, BadRequest) else error} {vars(error)}"
 
 
 TWO = b'{"text": "a"},{"text": "b"}'
@@ -100,6 +103,14 @@ TWO = b'{"text": "a"},{"text": "b"}'
 @example(lines=[b'{"text": "a}', b'{"}', TWO], ends=True, crlf=False)
 @example(lines=[b'{"text": [{}', b"{}]}", TWO], ends=True, crlf=False)
 @example(lines=[b'{"text": "a"}', b'{"text": "\\u0000"}'], ends=True, crlf=True)
+@example(lines=[b'{"text": "a"}', b'{"id": "1", "text": "c"}'], ends=True, crlf=False)
+@example(lines=[b'{"id": "1", "text": "c"}', b'{"text": "a"}'], ends=True, crlf=False)
+@example(lines=[b'{"id": "1", "text": "c"}'] * 2, ends=True, crlf=False)
+@example(lines=[b'{"id": "", "text": "c"}'] * 2, ends=True, crlf=False)
+@example(lines=[b'{"id": "%s", "text": "c"}' % (b"i" * 201)] * 2, ends=True, crlf=False)
+@example(lines=[b'{"text": "a"}', b'{"text": ""}'], ends=True, crlf=False)
+@example(lines=[b'{"text": "a"}'] * 4, ends=True, crlf=False)
+@example(lines=[b'{"text": "a"}'] * 5, ends=True, crlf=False)
 @given(lines=st.lists(st.sampled_from(ODD_LINES), max_size=6), ends=st.booleans(), crlf=st.booleans())
 def test_jsonl_lines_that_are_read_together_are_what_each_is_alone(
     lines: list[bytes], *, ends: bool, crlf: bool
@@ -107,11 +118,12 @@ def test_jsonl_lines_that_are_read_together_are_what_each_is_alone(
     newline = b"\r\n" if crlf else b"\n"
     raw = newline.join([b'{"text": "first"}', *lines]) + newline * ends
 
-    assert told([raw]) == told(bytes([byte]) for byte in raw)
+    assert told([raw], 5) == told((bytes([byte]) for byte in raw), 5)
 
 
-def test_jsonl_of_many_lines_comes_in_their_order() -> None:
-    raw = b"".join(b'{"id": "%d", "text": "text %d"}\n' % (number, number) for number in range(5000))
+@pytest.mark.parametrize("line", ['{{"id": "{0}", "text": "text {0}"}}\n', '{{"text": "text {0}"}}\n'])
+def test_jsonl_of_many_lines_comes_in_their_order(line: str) -> None:
+    raw = "".join(line.format(number) for number in range(5000)).encode()
     pieces = [raw[start : start + 1000] for start in range(0, len(raw), 1000)]
 
     read = [(task.id, task.prompt) for task in jsonl_tasks(pieces, PLAIN, 1 << 20, 5000)]
@@ -122,7 +134,7 @@ def test_jsonl_of_many_lines_comes_in_their_order() -> None:
 def test_jsonl_error_among_many_lines_tells_its_own() -> None:
     raw = b'{"text": "a"}\n' * 40 + b'{"text": 1}\n' + b'{"text": "a"}\n' * 40
 
-    assert "41" in str(told([raw])[-1])
+    assert "41" in str(told([raw]))
 
 
 @pytest.mark.parametrize(
