@@ -22,6 +22,7 @@ from gpt_worker.fair_queue import FairQueue, JobRun, QueuedTask
 from gpt_worker.feeder import Feeder
 from gpt_worker.flights import Flights
 from gpt_worker.gpt import AnyReply, Endpoint, Reply
+from gpt_worker.joining import Joining
 from gpt_worker.lanes import Lane
 from gpt_worker.models import JobRow
 from gpt_worker.rate_limit import Bound, Reservation, Wait
@@ -39,8 +40,6 @@ AFTER_BUG_S = 1.0
 LANDING_S = 5.0  # what a call in flight at its job's deadline gets to land: it is paid for
 LOOK_AGAIN_S = 1.0  # whether tasks that other keys should take are still not taken
 FREE_LOOPS = 4  # so many threads of a key begin at once
-FIRST_JOIN_S, LONGEST_JOIN_S = 0.005, 0.1
-LATE_S = 0.002
 
 
 class Dispatcher:
@@ -269,19 +268,15 @@ class Dispatcher:
                 self._grow(lane)
 
     def _join(self, lane: Lane) -> None:
-        """Wait until one more thread is of use.
-
-        Python runs one thread at a time. Where calls take no time, a few threads keep the processor busy, and more
-        would only stand in their way: that shows by a thread being woken late, while the key's calls come and go.
-        """
+        """Wait until one more thread is of use."""
+        joining = Joining()
         with self._lock:
-            busy, pause_s = lane.loops > FREE_LOOPS, FIRST_JOIN_S
-            while busy and self._taking:
-                due_s, returned = self._now_s() + pause_s, lane.requests - lane.in_flight
-                lane.may_join.wait(pause_s)
-                late = self._now_s() - due_s > LATE_S
-                busy = late and lane.requests - lane.in_flight > returned
-                pause_s = min(LONGEST_JOIN_S, 2 * pause_s)
+            waits = lane.loops > FREE_LOOPS
+            while waits and self._taking:
+                due_s, returned = self._now_s() + joining.pause_s, lane.requests - lane.in_flight
+                lane.may_join.wait(joining.pause_s)
+                calls_end = lane.requests - lane.in_flight > returned
+                waits = not joining.may_join(self._now_s() - due_s, calls_end=calls_end)
             lane.joining = False
 
     def _take(self, lane: Lane) -> Grant | None:
@@ -419,7 +414,7 @@ class Dispatcher:
             outcomes = self._settling.settle(lane, grant, reply, self._now_s())
         for outcome in outcomes:
             # May block while commits lag; so nothing is held meanwhile.
-            self._recorder.put(outcome, hurry=job.exhausted and not job.in_memory)
+            self._recorder.put(outcome, hurry=job.all_sent)
         self.end_early(job)
         with self._lock:
             again = {outcome.position for outcome in outcomes if outcome.decision is None}

@@ -195,6 +195,11 @@ class JobRun:
             tasks.clear()
 
     @property
+    def all_sent(self) -> bool:
+        """Whether every task that is not decided yet is in flight, and none waits in a thread's chunk."""
+        return self.pending - self.decided <= len(self.sent)
+
+    @property
     def in_memory(self) -> int:
         return len(self.front) + len(self.fresh) + len(self.behind) + len(self.delayed)
 

@@ -568,3 +568,21 @@ def test_nothing_is_lost_or_doubled_on_its_way(pages: list[int], acts: list[tupl
 
     in_hand = [task.position for of in held for task in (of.task, *of.rest)]
     assert sorted(answered + in_hand + drain(job)) == list(range(total))
+
+
+def test_all_of_a_job_is_sent_when_none_of_it_waits_in_a_chunk() -> None:
+    job = factories.job_run(tasks=3)
+    first, *_ = job.fresh
+    job.pop(first)
+    job.sent[first.position] = first
+    chunk = job.cut_chunk(first.tokens, max_tasks=3)
+    in_chunk = job.in_memory, job.all_sent
+
+    for task in chunk:
+        job.sent[task.position] = task
+    in_flight = job.all_sent
+    for position in [*job.sent]:
+        job.note_decision(None)
+        job.sent.pop(position)
+
+    assert (in_chunk, in_flight, job.all_sent) == ((0, False), True, True)
