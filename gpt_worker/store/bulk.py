@@ -19,10 +19,7 @@ NEW = ("position", "id", "prompt", "tokens")
 
 _INSERT = "INSERT INTO tasks (job_id, position, id, prompt, tokens, state, attempts) "
 _SQLITE_ROW = f"(?1,?,?,?,?,{TaskState.PENDING:d},0)"
-_SQLITE_ONE, _SQLITE_MANY = (
-    f"{_INSERT}VALUES {_SQLITE_ROW}",
-    f"{_INSERT}VALUES {','.join([_SQLITE_ROW] * ROWS)}",
-)
+_SQLITE_INSERTS = {rows: f"{_INSERT}VALUES {','.join([_SQLITE_ROW] * rows)}" for rows in (1000, 100, 10, 1)}
 
 
 def _array(column: str) -> str:
@@ -53,15 +50,17 @@ def insert_tasks(connection: Connection, job_id: str, rows: Sequence[tuple[int, 
 def _insert_into_sqlite(
     connection: Connection, job_id: str, rows: Sequence[tuple[int, str, str, int]]
 ) -> None:
-    """Many rows a statement: half the time of a row each, and other threads run while SQLite is at it."""
-    many = len(rows) - len(rows) % ROWS
-    for start in range(0, many, ROWS):
-        values: list[str | int] = [job_id]
-        for row in rows[start : start + ROWS]:
-            values += row
-        connection.exec_driver_sql(_SQLITE_MANY, tuple(values))
-    if few := [(job_id, *row) for row in rows[many:]]:
-        connection.exec_driver_sql(_SQLITE_ONE, few)
+    """Many rows a statement: half the time of a row each. And other threads run while SQLite is at it, but after each
+    statement they are waited for, so there are few.
+    """
+    start = 0
+    for count, statement in _SQLITE_INSERTS.items():
+        while start + count <= len(rows):
+            values: list[str | int] = [job_id]
+            for row in rows[start : start + count]:
+                values += row
+            connection.exec_driver_sql(statement, tuple(values))
+            start += count
 
 
 class PendingUpdate:
