@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import (
+    NVARCHAR,
     TIMESTAMP,
     BigInteger,
     DateTime,
@@ -21,9 +22,9 @@ from sqlalchemy import (
     TypeDecorator,
     text,
 )
-from sqlalchemy.dialects.mssql import DATETIME2, NVARCHAR
 from sqlalchemy.dialects.mysql import DATETIME, LONGTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.types import TypeEngine
 
 # Of SQL Server: every character, and "A" is not "a", whatever the database has as its default.
 MSSQL_COLLATION = "Latin1_General_100_BIN2"
@@ -51,10 +52,17 @@ class UtcDateTime(TypeDecorator[datetime]):
     impl = (
         DateTime()
         .with_variant(DATETIME(fsp=3), "mysql", "mariadb")
-        .with_variant(DATETIME2(3), "mssql")  # type: ignore[no-untyped-call]
         .with_variant(TIMESTAMP(), "oracle")  # its DATE has whole seconds
     )
     cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[datetime]:
+        if dialect.name != "mssql":
+            return super().load_dialect_impl(dialect)
+        # Here: its dialect is a megabyte of memory, to all who have another database.
+        from sqlalchemy.dialects.mssql import DATETIME2
+
+        return DATETIME2(3)  # type: ignore[no-untyped-call]
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
         return None if value is None else value.astimezone(UTC).replace(tzinfo=None)

@@ -76,10 +76,14 @@ def run(code: str, data_dir: Path) -> str:
     return done.stdout
 
 
+def modules(code: str, data_dir: Path) -> set[str]:
+    """What this code loads, by full names."""
+    return set(json.loads(run(f"{code}\nimport json, sys; print(json.dumps(list(sys.modules)))", data_dir)))
+
+
 def libraries(code: str, data_dir: Path) -> set[str]:
     """The packages that this code loads."""
-    modules = json.loads(run(f"{code}\nimport json, sys; print(json.dumps(list(sys.modules)))", data_dir))
-    return {module.partition(".")[0] for module in modules}
+    return {module.partition(".")[0] for module in modules(code, data_dir)}
 
 
 def test_the_arbiter_loads_no_application(tmp_path: Path) -> None:
@@ -97,6 +101,14 @@ def test_the_service_loads_what_few_need_when_it_is_needed(tmp_path: Path) -> No
         assert "sqlalchemy" in loaded
         assert not loaded & {"alembic", "flask_migrate", "httpx2", "mako", "openai"}
         assert not loaded & DRIVERS
+
+
+def test_a_service_with_sqlite_loads_no_dialect_of_others(tmp_path: Path) -> None:
+    # But MySQL's, by which SQLAlchemy checks the tables' options.
+    loaded = modules(SERVICE, tmp_path)
+
+    assert "sqlalchemy.dialects.sqlite" in loaded
+    assert not loaded & {f"sqlalchemy.dialects.{name}" for name in ("mssql", "oracle", "postgresql")}
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others give memory back by themselves")
