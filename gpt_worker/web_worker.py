@@ -44,7 +44,6 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from config import Settings, SettingsError
 from gpt_worker.drives import check_settings
-from gpt_worker.embedded import EmbeddedModelMissing, check_installed
 from gpt_worker.errors import StartGivenUp
 from gpt_worker.ownership import InUse, Ownership, check_database
 from gpt_worker.places import SMALL_BODY_BYTES, SPARE_THREADS, WEB_THREADS
@@ -976,6 +975,9 @@ def _address(settings: Settings) -> tuple[str, int]:
 def _check_machine(settings: Settings, *, with_address: bool) -> None:
     """Raise SettingsError where this machine lacks what the settings name."""
     if settings.embedded:
+        # Here: it and `subprocess` are half a megabyte to the arbiter of a service that has keys.
+        from gpt_worker.embedded import EmbeddedModelMissing, check_installed
+
         try:
             check_installed(settings.model_path)
         except EmbeddedModelMissing as error:

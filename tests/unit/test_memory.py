@@ -90,6 +90,7 @@ def test_the_arbiter_loads_no_application(tmp_path: Path) -> None:
     loaded = libraries(ARBITER, tmp_path)
 
     assert "gunicorn" in loaded
+    assert "gpt_worker.embedded" not in modules(ARBITER, tmp_path)
     assert not loaded & {"flask", "jinja2", "openai", "pydantic", "requests", "sqlalchemy", "werkzeug"}
     assert not loaded & DRIVERS
 
