@@ -3,8 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 from sqlalchemy.orm import Session
@@ -114,44 +115,49 @@ def render_error(task: TaskResult) -> dict[str, Any] | None:
 
 def results_jsonl(database: Database, job_id: str) -> Iterator[bytes]:
     """The decided tasks, `{"id", "result", "error", "finish_reason"}` a line, in order, in pieces of many lines."""
-    lines: list[str] = []
-    length = 0
-    for task in _tasks(database, job_id):
-        if task.state != TaskState.PENDING:
-            line = _encode(
-                {
-                    "id": task.id,
-                    "result": task.answer,
-                    "error": render_error(task),
-                    "finish_reason": task.finish_reason,
-                }
-            )
-            lines += (line, "\n")
-            length += len(line)
-            if length >= PIECE_CHARACTERS:
-                piece = "".join(lines).encode()
-                lines, length = [], 0
-                yield piece
-    if lines:
-        yield "".join(lines).encode()
+    return _in_pieces(
+        _encode(
+            {
+                "id": task.id,
+                "result": task.answer,
+                "error": render_error(task),
+                "finish_reason": task.finish_reason,
+            }
+        )
+        + "\n"
+        for task in _tasks(database, job_id)
+        if task.state != TaskState.PENDING
+    )
 
 
 def results_json(database: Database, job_id: str) -> Iterator[bytes]:
     """`{"results": {…}, "errors": {…}}` with every id, in order; two walks, so that memory stays flat."""
 
-    def members(entries: Iterator[tuple[str, Any]]) -> Iterator[bytes]:
+    def members(entries: Iterator[tuple[str, Any]]) -> Iterator[str]:
         comma = ""
         for name, value in entries:
-            yield f"{comma}{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}".encode()
+            yield f"{comma}{json.dumps(name)}:{json.dumps(value, ensure_ascii=False)}"
             comma = ","
 
-    yield b'{"results":{'
-    yield from members((task.id, task.answer) for task in _tasks(database, job_id))
-    yield b'},"errors":{'
-    yield from members(
+    results = ((task.id, task.answer) for task in _tasks(database, job_id))
+    errors = (
         (task.id, render_error(task)) for task in _tasks(database, job_id) if task.state == TaskState.FAILED
     )
-    yield b"}}\n"
+    return _in_pieces(chain(['{"results":{'], members(results), ['},"errors":{'], members(errors), ["}}\n"]))
+
+
+def _in_pieces(texts: Iterable[str]) -> Iterator[bytes]:
+    """The texts as UTF-8, many of them a piece: each is sent by itself."""
+    piece: list[str] = []
+    length = 0
+    for text in texts:
+        piece.append(text)
+        length += len(text)
+        if length >= PIECE_CHARACTERS:
+            yield "".join(piece).encode()
+            piece, length = [], 0
+    if piece:
+        yield "".join(piece).encode()
 
 
 def results_csv(database: Database, job_id: str) -> Iterator[bytes]:

@@ -3,7 +3,6 @@
 import hashlib
 import math
 import re
-import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,10 +23,10 @@ from gpt_worker.api.upload_query import UploadQuery
 from gpt_worker.api.uploads import Received, receive
 from gpt_worker.domain import DeliveryMode, JobStatus, utc_now
 from gpt_worker.errors import Forbidden, Invalid, Unavailable
+from gpt_worker.gzip_members import pack, unpack
 from gpt_worker.jobs import Idempotency, JobRequest, StillAdmitted
 from gpt_worker.models import JobRow
 from gpt_worker.packing import plan
-from gpt_worker.result_files import StoredResults
 from gpt_worker.signing import link_is_valid
 from gpt_worker.splitting import chunk_limit, split
 
@@ -35,7 +34,6 @@ Json = dict[str, Any]
 Answer = tuple[Json, int, dict[str, str]]
 
 MAX_KEY_LENGTH = 255
-UNPACK_BYTES = 256 << 10
 RESULT_FORMS: dict[str, tuple[str, Callable[..., Iterator[bytes]]]] = {
     "json": ("application/json", rendering.results_json),
     "jsonl": ("application/jsonl", rendering.results_jsonl),
@@ -175,7 +173,7 @@ def get_job(path: schemas.IdPath, query: shapes.JobQuery) -> Json | Response:
     summary="A job's results",
     description=(
         "Streamed in the order of `data`, also while the job runs; jsonl and csv give what is decided so far. "
-        "The jsonl of a finished job comes packed to a client that accepts gzip."
+        "Packed to a client that accepts gzip."
     ),
     responses={
         200: schemas.content(
@@ -204,42 +202,25 @@ def get_results(path: schemas.IdPath, query: shapes.ResultsQuery) -> Response:
     else:
         job = parts.jobs.find(caller(), path.id)
     mimetype, render = RESULT_FORMS[query.format]
+    takes_gzip = request.accept_encodings.quality("gzip") > 0
     with ExitStack() as until_sent:
         hold_place(until_sent)
         stored = parts.result_files.find(job) if query.format == "jsonl" else None
-        if stored is not None:
-            reply = _from_file(stored, mimetype)
+        if stored is None:
+            pieces = stream_with_context(render(parts.database, job.id))
+            reply = Response(pack(pieces) if takes_gzip else pieces, content_type=mimetype)
+        elif takes_gzip:
+            reply = Response(stored.pieces, content_type=mimetype)
+            reply.content_length = stored.size_bytes
         else:
-            reply = Response(stream_with_context(render(parts.database, job.id)), content_type=mimetype)
+            reply = Response(unpack(stored.pieces), content_type=mimetype)
         reply.call_on_close(until_sent.pop_all().close)
+    if takes_gzip:
+        reply.headers["Content-Encoding"] = "gzip"
+    reply.vary.add("Accept-Encoding")
     if query.format == "csv":
         reply.headers["Content-Disposition"] = f'attachment; filename="{job.id}.csv"'
     return reply
-
-
-def _from_file(stored: StoredResults, mimetype: str) -> Response:
-    """The file as it is, to a client that takes gzip, else unpacked on the way."""
-    if request.accept_encodings.quality("gzip") > 0:
-        reply = Response(stored.pieces, content_type=mimetype)
-        reply.headers["Content-Encoding"] = "gzip"
-        reply.content_length = stored.size_bytes
-    else:
-        reply = Response(_unpacked(stored.pieces), content_type=mimetype)
-    reply.vary.add("Accept-Encoding")
-    return reply
-
-
-def _unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """What is in a gzip file, in pieces of a bounded size. Raises zlib.error for a damaged one."""
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-    for piece in pieces:
-        while piece:
-            unpacked = unpacker.decompress(piece, UNPACK_BYTES)
-            if unpacked:
-                yield unpacked
-            piece = unpacker.unconsumed_tail
-    if not unpacker.eof:
-        raise zlib.error("the file ends too early")
 
 
 @api.delete(

@@ -1,6 +1,7 @@
 """Jobs from end to end: every way to ask, to wait, to read, to stop and to ask again."""
 
 import csv
+import gzip
 import io
 import json
 import select
@@ -521,6 +522,27 @@ def test_results_of_a_running_job_are_what_is_decided(service: Service, upstream
     assert as_json.json() == {"results": {"slow": None, "quick": "answer to: quick"}, "errors": {}}
     assert [json.loads(line)["id"] for line in as_jsonl.text.splitlines()] == ["quick"]
     assert [row[0] for row in csv.reader(io.StringIO(as_csv.text))] == ["id", "quick"]
+    let_go(upstream)
+    service.wait_finished(job_id)
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "csv"])
+def test_results_are_packed_for_who_takes_gzip(service: Service, upstream: Upstream, form: str) -> None:
+    upstream.add_fault(Fault(kind=FaultKind.HANG, contains="slow"))
+    data = {**{f"ж{number}": f"quick {number}" for number in range(2000)}, "slow": "slow"}
+    job_id = accepted(service.submit(data, prefer="respond-async"))
+    wait_answered(service, job_id, 2000)
+    path = f"/jobs/{job_id}/results?format={form}"
+
+    plain = service.get(path, service.admin, headers={"Accept-Encoding": "gzip;q=0, br"})
+    with service.get(path, service.admin, headers={"Accept-Encoding": "br, gzip"}, stream=True) as packed:
+        raw = packed.raw.read(decode_content=False)
+
+    assert (packed.headers["Content-Encoding"], packed.headers["Vary"]) == ("gzip", "Accept-Encoding")
+    assert ("Content-Encoding" in plain.headers, plain.headers["Vary"]) == (False, "Accept-Encoding")
+    assert gzip.decompress(raw) == plain.content
+    assert len(raw) < len(plain.content) / 4
+    assert packed.headers["Content-Type"] == plain.headers["Content-Type"]
     let_go(upstream)
     service.wait_finished(job_id)
 
