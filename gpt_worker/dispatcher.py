@@ -144,8 +144,9 @@ class Dispatcher:
             if job is not None and job.run <= run:
                 job.clear()
                 job.closing = job.closing or Failure(ErrorCode.CANCELLED, "the job is gone")
+                if job.line.runs_low:
+                    self._feeder.notify()
                 self._queue.remove(job_id)
-                self._feeder.notify()  # what it had in memory held back the pages of later jobs
 
     def _start_closing(self, job: JobRun, failure: Failure) -> frozenset[int]:
         job.closing = job.closing or failure
@@ -361,7 +362,7 @@ class Dispatcher:
         elif was_fresh and not job.packs:
             rest = job.cut_chunk(tasks[0].tokens, chunk_limit(job.pending, self.threads))
         grant = self._send(lane, job, tasks, reserved, rest, now_s + CHUNK_S, now_s)
-        if job.runs_low():
+        if job.line.runs_low:
             self._feeder.notify()
         return grant
 
@@ -489,7 +490,7 @@ class Dispatcher:
         sent = [task for task in grant.tasks if job.sent.pop(task.position, None) is not None]
         if job.closing is None:
             job.give_back(grant.rest)
-            job.front.extendleft(reversed(sent))
+            job.take_back(sent)
         else:  # its end has spared what was in flight
             self._recorder.close_job(job.id, job.run, job.closing, frozenset(job.sent))
 

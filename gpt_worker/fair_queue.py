@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import chain, count, dropwhile, islice
+from math import inf
 
 from gpt_worker.backoff import Place, Tries
 from gpt_worker.domain import Failure, JobSettings, Prompt
@@ -20,6 +21,7 @@ from gpt_worker.splitting import fits
 
 LOW_TOKENS = 500_000
 LOW_TASKS = 250  # a user with fewer tasks in memory wants another page
+PAGE_TASKS = 500  # of one job, or of many small ones together
 MAX_RETURNED = 1000  # no new page while so many tasks of a job wait to be asked again
 MOST_ENDED = 100  # deadlines of ended jobs that are kept, beside as many as there are jobs
 LOOK_AHEAD = 20  # tasks looked at for one that a lane may take
@@ -44,6 +46,93 @@ class QueuedTask:
     def unbound(self) -> bool:
         """Whether any lane may take it."""
         return not (self.avoid or self.too_large_for)
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """A user's jobs for one model.
+
+    Those of which everything is sent wait for replies and commits, by the hundred where calls take no time: a walk that
+    meets one leaves it out of `jobs` until a task of it comes back.
+    """
+
+    size: int = 0
+    # In their turn, those that may have a task to send.
+    jobs: list["JobRun"] = field(default_factory=list)
+    # So many tasks may be taken before a page can be wanted; below 0, one may be wanted now.
+    spare: float = -1
+
+    @property
+    def runs_low(self) -> bool:
+        """Whether a page may be wanted."""
+        return self.spare < 0
+
+    def enter(self, job: "JobRun") -> None:
+        """Take in a job that is to be read."""
+        self.size += 1
+        self.put(job)
+        enough_is_in_front = self.jobs[-1] is job and self.spare < inf
+        if not enough_is_in_front:
+            self.spare = -1
+
+    def leave(self, job: "JobRun") -> None:
+        self.size -= 1
+        if job.in_line:
+            self._drop(job)
+
+    def put(self, job: "JobRun") -> None:
+        """Have a job among those that may have a task."""
+        insort(self.jobs, job, key=_turn)
+        job.in_line = True
+
+    def _drop(self, job: "JobRun") -> None:
+        del self.jobs[bisect_left(self.jobs, job.turn, key=_turn)]
+        job.in_line = False
+
+    def open_jobs(self) -> Iterator["JobRun"]:
+        """Those that may have a task, in their turn."""
+        place = 0
+        while place < len(self.jobs):
+            job = self.jobs[place]
+            if job.is_spent:
+                self._drop(job)
+            else:
+                yield job
+                place += 1
+
+    def front(self) -> Iterator["JobRun"]:
+        """The line up to the first job whose tasks are still to be read: later ones do not overtake it."""
+        for job in self.open_jobs():
+            yield job
+            if not (job.in_memory or job.exhausted):
+                return
+
+    def wanting(self) -> Iterator["JobRun"]:
+        """The jobs that want a page: once little of the line is in memory, as many as have a page of tasks together.
+
+        A walk that finds none goes on for as far, to tell when the next may find one.
+        """
+        tasks = weight = 0
+        spare, found = inf, False
+        for job in self.open_jobs():
+            wants = job.wants_page
+            if weight >= LOW_TOKENS:
+                spare = 0
+                break
+            if tasks >= (LOW_TASKS if wants and not found else PAGE_TASKS):
+                spare = min(spare, tasks - LOW_TASKS)
+                break
+            if wants:
+                found = True
+                tasks += job.pending
+                yield job
+            else:
+                if not job.exhausted:
+                    spare = min(spare, len(job.fresh) - LOW_TASKS)
+                tasks += LOW_TASKS if job.loading else len(job.fresh)
+                weight += job.weight
+        if not found:
+            self.spare = spare
 
 
 @dataclass(slots=True, eq=False)
@@ -72,7 +161,9 @@ class JobRun:
     decided: int = 0
     refusals: int = 0  # the first so many outcomes were all the same refusal of the settings, `refusal`
     refusal: str | None = None
-    was_low: bool = False
+    # Where it waits for its turn, and whether it is there among those that may have a task.
+    line: Line = field(default_factory=Line, repr=False)
+    in_line: bool = False
     packs: bool = field(init=False)
     pack_size: PackSize = field(default_factory=PackSize)
     pack_tokens: PackTokens = field(init=False)
@@ -104,14 +195,13 @@ class JobRun:
         """Of the tasks that were read and not taken yet, in tokens."""
         return sum(task.weight for task in self.fresh)
 
-    def runs_low(self) -> bool:
-        """Whether a page of this job, or of the next that it makes room for, may be wanted now: said once, and at 0."""
-        was_low, self.was_low = self.was_low, len(self.fresh) < LOW_TASKS
-        return self.wants_page or not self.fresh or (self.was_low and not was_low)
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing of it is left to send, unless a task comes back."""
+        return self.closing is not None or (self.exhausted and not self.in_memory)
 
     def add_page(self, page: Iterable[QueuedTask], cursor: int, exhausted: bool) -> None:
         self.fresh.extend(page)
-        self.was_low = False
         self.cursor, self.exhausted, self.loading = cursor, exhausted, False
 
     def next_for(self, may_take: Callable[[QueuedTask], bool], now_s: float) -> QueuedTask | None:
@@ -156,6 +246,7 @@ class JobRun:
 
     def pop(self, task: QueuedTask) -> None:
         """Take a task out of its place."""
+        self.line.spare -= 1
         for tasks in (self.front, self.fresh, self.behind):
             if tasks and tasks[0] is task:
                 tasks.popleft()
@@ -173,11 +264,13 @@ class JobRun:
         ):
             tokens += self.fresh[0].tokens
             rest.append(self.fresh.popleft())
+        self.line.spare -= len(rest)
         return rest
 
     def give_back(self, tasks: deque[QueuedTask]) -> None:
         """Put the rest of a chunk back where it came from, in order."""
         self.fresh.extendleft(reversed(tasks))
+        self._has_again()
 
     def ask_again(self, task: QueuedTask, place: Place, now_s: float) -> None:
         """A task whose call gave no answer is back."""
@@ -188,9 +281,21 @@ class JobRun:
             self.front.appendleft(task)
         else:
             self.behind.append(task)
+        self._has_again()
+
+    def take_back(self, tasks: Sequence[QueuedTask]) -> None:
+        """Tasks that were not asked after all go first, in order."""
+        self.front.extendleft(reversed(tasks))
+        self._has_again()
+
+    def _has_again(self) -> None:
+        if not self.in_line:
+            self.line.put(self)
 
     def clear(self) -> None:
         """Drop what is not in flight: somebody else decides those tasks."""
+        if self.in_memory or not self.exhausted:
+            self.line.spare = -1  # it has held back the pages of later jobs
         for tasks in (self.front, self.fresh, self.behind, self.delayed):
             tasks.clear()
 
@@ -204,10 +309,6 @@ class JobRun:
         return len(self.front) + len(self.fresh) + len(self.behind) + len(self.delayed)
 
 
-Line = list[JobRun]
-"""A user's jobs for one model, in their turn."""
-
-
 @dataclass(slots=True, eq=False)
 class _User:
     virtual_time: float = 0.0
@@ -218,8 +319,8 @@ class _User:
 class FairQueue:
     """All unfinished jobs, by user.
 
-    Thousands may be queued, and a look is taken for every call: so none walks beyond the jobs that are at work and the
-    first one that waits for its tasks to be read.
+    Thousands may be queued, and a look is taken for every call: so none walks beyond the first job that waits for its
+    tasks to be read, and the jobs of which everything is sent are out of the way.
     """
 
     def __init__(self) -> None:
@@ -244,7 +345,8 @@ class FairQueue:
         self.remove(job.id)  # an earlier run whose end is being told to us just now
         self._jobs[job.id] = job
         user = self._users.setdefault(job.owner, _User(self._virtual_time))
-        insort(user.lines.setdefault(job.model, []), job, key=_turn)
+        job.line = user.lines.setdefault(job.model, Line())
+        job.line.enter(job)
         heapq.heappush(self._deadlines, (job.deadline_at, next(self._added), job))
         if len(self._deadlines) > MOST_ENDED + 2 * len(self._jobs):
             self._deadlines = [entry for entry in self._deadlines if self._is_open(entry[2])]
@@ -255,9 +357,9 @@ class FairQueue:
         if job is None:
             return
         user = self._users[job.owner]
-        line = user.lines[job.model]
-        del line[bisect_left(line, job.turn, key=_turn)]
-        if not line:
+        line, job.line = job.line, Line()
+        line.leave(job)
+        if not line.size:
             del user.lines[job.model]
         if not user.lines and user.virtual_time <= self._virtual_time:
             del self._users[job.owner]
@@ -268,7 +370,7 @@ class FairQueue:
         if len(users) > 1:
             users = sorted(users, key=lambda user: user.virtual_time)  # type: ignore[assignment]
         for user in users:
-            fronts = [_front(line) for line in user.lines.values()]
+            fronts = [line.front() for line in user.lines.values()]
             yield from fronts[0] if len(fronts) == 1 else heapq.merge(*fronts, key=_turn)
 
     def charge(self, job: JobRun, tokens: int) -> None:
@@ -285,7 +387,8 @@ class FairQueue:
         mine = self._users[job.owner]
         return any(
             user.virtual_time < mine.virtual_time
-            and any(other.front or other.fresh for other in _front(user.lines.get(job.model, [])))
+            and (line := user.lines.get(job.model)) is not None
+            and any(other.front or other.fresh for other in line.front())
             for user in self._users.values()
             if user is not mine
         )
@@ -296,13 +399,13 @@ class FairQueue:
         Tasks in memory count for each model apart: those of a model that no key may use now hold back no other's.
         """
         users = sorted(self._users.values(), key=lambda user: user.virtual_time)
-        wanting = (heapq.merge(*map(_wanting, user.lines.values()), key=_turn) for user in users)
+        low = ([line.wanting() for line in user.lines.values() if line.runs_low] for user in users)
+        wanting = (heapq.merge(*lines, key=_turn) for lines in low)
         return list(islice(chain.from_iterable(wanting), jobs))
 
     def is_near(self, job: JobRun) -> bool:
-        """Whether a job's page is wanted already, or no deadline is before its own."""
-        line = self._users[job.owner].lines[job.model]
-        return self.next_deadline() == job.deadline_at or any(each is job for each in _wanting(line))
+        """Whether a job's page may be wanted already, or no deadline is before its own."""
+        return job.line.runs_low or self.next_deadline() == job.deadline_at
 
     def overdue(self, now: datetime) -> list[JobRun]:
         """The jobs whose deadline has passed, and which are not being closed yet."""
@@ -327,26 +430,3 @@ class FairQueue:
 
 def _turn(job: JobRun) -> tuple[int, str]:
     return job.turn
-
-
-def _front(line: Line) -> Iterator[JobRun]:
-    """A line up to the first job whose tasks are still to be read: later ones do not overtake it."""
-    for job in line:
-        if job.closing is None:
-            yield job
-            if not job.in_memory and job.wants_page:
-                return
-
-
-def _wanting(line: Line) -> Iterator[JobRun]:
-    """The jobs that want a page, while there is little of the line in memory or on its way there."""
-    in_memory = weight = 0
-    for job in line:
-        if in_memory >= LOW_TASKS or weight >= LOW_TOKENS:
-            return
-        if job.wants_page:
-            in_memory += job.pending
-            yield job
-        else:
-            in_memory += LOW_TASKS if job.loading else len(job.fresh)
-            weight += job.weight

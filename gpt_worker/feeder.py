@@ -14,13 +14,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from gpt_worker.backoff import Tries
 from gpt_worker.db import Database, log_failure
 from gpt_worker.domain import utc_now
-from gpt_worker.fair_queue import FairQueue, JobRun, QueuedTask
+from gpt_worker.fair_queue import PAGE_TASKS, FairQueue, JobRun, QueuedTask
 from gpt_worker.store import tasks as task_store
 from gpt_worker.store.tasks import Page, PendingTask
 
 log = logging.getLogger(__name__)
 
-PAGE_TASKS = 500
 PAGE_TOKENS = 1_000_000
 PAGES_AT_ONCE = 16  # of small jobs, which would each wake every key for a few tasks
 RETRY_READ_S = 1.0

@@ -10,11 +10,12 @@ import pytest
 from sqlalchemy import text
 
 from config import ApiKey
-from gpt_worker import dispatcher, feeder
+from gpt_worker import dispatcher, fair_queue
 from gpt_worker.backoff import ProblemKind
 from gpt_worker.db import Database
 from gpt_worker.dispatcher import Dispatcher
 from gpt_worker.domain import Answer, ErrorCode, Failure, JobSettings, JobStatus, Prompt, Usage
+from gpt_worker.fair_queue import JobRun
 from gpt_worker.flights import SLOT_BYTES, Flights
 from gpt_worker.gpt import Answers, Endpoint, Reply
 from gpt_worker.keys import KeyBoard
@@ -218,6 +219,27 @@ def store(stand: Stand, **fields: Any) -> JobRow:
 # A job goes through
 
 
+def test_end_of_a_job_is_no_reason_to_look_for_pages(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = build(answers)
+    stand.endpoints[0].hold()
+    jobs = [store(stand, tasks=2) for _ in range(9)]
+    stand.start(*jobs)
+    queue = stand.dispatcher._queue
+    eventually(lambda: not any(job.line.runs_low for job in queue), "all tasks in memory")
+    looks: list[int] = []
+
+    def look(jobs: int) -> list[JobRun]:
+        looks.append(jobs)
+        return []
+
+    monkeypatch.setattr(queue, "wanting_pages", look)
+
+    stand.endpoints[0].release()
+    stand.wait_end(*jobs)
+
+    assert looks == []
+
+
 @pytest.mark.parametrize(("lanes", "max_threads"), [(1, 1), (2, 1), (3, 8)])
 def test_every_task_is_answered_once(build: Build, lanes: int, max_threads: int) -> None:
     stand = build(*[answers] * lanes, max_threads=max_threads)
@@ -233,7 +255,7 @@ def test_every_task_is_answered_once(build: Build, lanes: int, max_threads: int)
 
 def test_job_larger_than_a_page_goes_through_in_order(build: Build) -> None:
     stand = build(answers)
-    job = store(stand, tasks=3 * feeder.PAGE_TASKS // 2)
+    job = store(stand, tasks=3 * fair_queue.PAGE_TASKS // 2)
 
     stand.start(job)
     stand.wait_end(job)

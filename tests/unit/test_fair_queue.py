@@ -3,6 +3,7 @@
 from collections import deque
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,6 +17,7 @@ from gpt_worker.fair_queue import (
     LOW_TOKENS,
     MAX_RETURNED,
     MOST_ENDED,
+    PAGE_TASKS,
     FairQueue,
     JobRun,
     QueuedTask,
@@ -56,6 +58,25 @@ def drain(job: JobRun) -> list[int]:
         job.pop(task)
         positions.append(task.position)
     return positions
+
+
+def unread(*, tasks: int = 1, **fields: Any) -> JobRun:
+    """A job whose tasks are all in the database still."""
+    job = factories.job_run(**fields)
+    job.pending, job.exhausted = tasks, False
+    return job
+
+
+def read(queue: FairQueue, jobs: int) -> list[JobRun]:
+    """Read the pages that are wanted, as the feeder does; whose they were."""
+    were: list[JobRun] = []
+    while wanting := queue.wanting_pages(jobs):
+        for job in wanting:
+            job.add_page(
+                [factories.queued_task(position=place) for place in range(job.pending)], job.pending - 1, True
+            )
+        were += wanting
+    return were
 
 
 def take(job: JobRun) -> QueuedTask:
@@ -114,10 +135,10 @@ def test_user_who_was_away_has_saved_up_no_claim() -> None:
 def test_user_whose_jobs_could_not_go_has_saved_up_no_claim() -> None:
     held = factories.job_run(owner="held", tasks=100)
     queue = queue_of(held, factories.job_run(owner="busy", tasks=500))
-    tasks, held.fresh = held.fresh, deque()
+    tasks = held.cut_chunk(0, max_tasks=101)
     owners(queue, 200)
 
-    held.fresh = tasks
+    held.give_back(tasks)
 
     assert 9 <= owners(queue, 20).count("held") <= 11
 
@@ -194,6 +215,8 @@ def test_job_whose_page_is_on_the_way_is_not_overtaken() -> None:
     queue = queue_of(waiting, factories.job_run(id="2", tasks=3))
 
     assert [job.id for job in queue.in_turn()] == ["1"]
+    waiting.loading = True
+    assert [job.id for job in queue.in_turn()] == ["1"]
 
 
 def test_job_that_only_waits_for_replies_lets_the_next_go() -> None:
@@ -216,7 +239,7 @@ def test_closing_job_has_no_turn() -> None:
 
 
 def test_next_run_takes_the_place_of_the_last() -> None:
-    first, second = factories.job_run(id="1", run=1), factories.job_run(id="1", run=2)
+    first, second = (factories.job_run(id="1", run=run, tasks=1) for run in (1, 2))
     queue = queue_of(first)
 
     queue.add(second)
@@ -352,30 +375,141 @@ def test_no_page_of_a_job_behind_is_wanted_while_few_tasks_are_much() -> None:
 
 
 def test_pages_of_small_jobs_are_wanted_together_until_there_is_enough() -> None:
-    jobs = [factories.job_run(id=str(place), tasks=0) for place in range(9)]
-    for job in jobs:
-        job.pending, job.exhausted = LOW_TASKS // 2, False
+    jobs = [unread(id=str(place), tasks=PAGE_TASKS // 5) for place in range(9)]
 
     queue = queue_of(*jobs)
 
-    assert queue.wanting_pages(9) == jobs[:2]
+    assert queue.wanting_pages(9) == jobs[:5]
     assert queue.wanting_pages(1) == jobs[:1]
 
 
+def test_small_jobs_want_no_page_until_little_of_the_last_is_left() -> None:
+    jobs = [unread(id=f"{place:02}", tasks=10) for place in range(99)]
+    queue = queue_of(*jobs)
+    in_memory = read(queue, 99)
+    assert (in_memory, queue.wanting_pages(99)) == (jobs[:50], [])
+
+    owners(queue, PAGE_TASKS - LOW_TASKS)
+    assert queue.wanting_pages(99) == []
+    serve(queue)
+
+    assert queue.wanting_pages(99) == jobs[50:76]
+
+
+def test_next_page_of_a_large_job_is_wanted_when_little_is_left_of_it() -> None:
+    job = unread(tasks=9 * PAGE_TASKS)
+    queue = queue_of(job)
+    job.add_page(
+        [factories.queued_task(position=place) for place in range(PAGE_TASKS)], PAGE_TASKS - 1, False
+    )
+    assert queue.wanting_pages(9) == []
+
+    owners(queue, 50)
+    job.cut_chunk(0, max_tasks=PAGE_TASKS - LOW_TASKS - 50 + 1)
+    assert queue.wanting_pages(9) == []
+    serve(queue)
+
+    assert queue.wanting_pages(9) == [job]
+
+
+def test_urgent_job_wants_its_page_though_much_is_in_memory() -> None:
+    queue = queue_of(factories.job_run(id="1", tasks=PAGE_TASKS), unread(id="2"))
+    assert queue.wanting_pages(9) == []
+    urgent = unread(id="3", priority=1)
+
+    queue.add(urgent)
+
+    assert queue.is_near(urgent)
+    assert queue.wanting_pages(9) == [urgent]
+
+
+def test_page_is_wanted_when_what_held_it_back_is_gone() -> None:
+    large, small = factories.job_run(id="1", tasks=PAGE_TASKS), unread(id="2")
+    queue = queue_of(large, small)
+    assert queue.wanting_pages(9) == []
+
+    large.clear()
+
+    assert queue.wanting_pages(9) == [small]
+
+
+def test_page_is_wanted_of_a_job_that_comes_when_all_others_are_read() -> None:
+    queue = queue_of(factories.job_run(id="1", tasks=1))
+    assert queue.wanting_pages(9) == []
+    job = unread(id="2")
+
+    queue.add(job)
+
+    assert queue.is_near(job)
+    assert queue.wanting_pages(9) == [job]
+
+
 def test_job_behind_enough_others_is_not_near() -> None:
-    first, second, third = (factories.job_run(id=str(place)) for place in range(3))
-    for job in (first, second, third):
-        job.pending, job.exhausted = LOW_TASKS // 2, False
-    third.deadline_at += timedelta(seconds=1)
+    queue = queue_of(factories.job_run(id="1", tasks=LOW_TASKS), unread(id="2"))
+    assert queue.wanting_pages(9) == []
+    later = unread(id="3", deadline_at=utc_now() + timedelta(days=9))
+    soon = unread(id="4", deadline_at=utc_now())
 
-    queue = queue_of(first, second, third)
+    queue.add(later)
+    assert not queue.is_near(later)
 
-    assert [queue.is_near(job) for job in (first, second, third)] == [True, True, False]
+    queue.add(soon)
+    assert queue.is_near(soon)
 
-    third.deadline_at = first.deadline_at - timedelta(seconds=1)
-    queue.add(third)
 
-    assert queue.is_near(third)
+def test_jobs_in_memory_are_not_walked_for_pages_until_their_user_runs_low(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    jobs = [unread(id=f"{owner}{place:04}", owner=owner) for owner in "abcde" for place in range(1000)]
+    queue = queue_of(*jobs)
+    read(queue, len(jobs))
+    assert queue.wanting_pages(9) == []
+    owners(queue, PAGE_TASKS - LOW_TASKS)
+    looked_at: list[JobRun] = []
+    monkeypatch.setattr(JobRun, "wants_page", property(looked_at.append))
+
+    found = queue.wanting_pages(9)
+
+    assert (found, looked_at) == ([], [])
+
+
+def test_jobs_that_are_all_sent_are_not_walked() -> None:
+    jobs = [factories.job_run(id=f"{place:03}", tasks=1) for place in range(101)]
+    queue = queue_of(*jobs)
+
+    owners(queue, 100)
+
+    assert list(queue.in_turn()) == jobs[100:]
+
+
+def test_job_that_gets_a_task_back_has_its_turn_again() -> None:
+    jobs = [factories.job_run(id=str(place), tasks=2) for place in range(5)]
+    queue = queue_of(*jobs)
+    tasks = [served[1] for _ in range(8) if (served := serve(queue)) is not None]
+    assert list(queue.in_turn()) == jobs[4:]
+
+    jobs[2].ask_again(tasks[4], Place.BEHIND, NOW_S)
+    jobs[1].take_back(tasks[2:4])
+    jobs[0].give_back(deque(tasks[:2]))
+
+    assert list(queue.in_turn()) == [jobs[0], jobs[1], jobs[2], jobs[4]]
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_task_that_comes_back_to_a_job_that_ends_has_no_turn(closes: bool) -> None:
+    job, other = factories.job_run(id="1", tasks=1), factories.job_run(id="2", tasks=1)
+    queue = queue_of(job, other)
+    served = serve(queue)
+    assert served is not None
+    assert list(queue.in_turn()) == [other]
+
+    if closes:
+        job.closing = Failure(ErrorCode.CANCELLED, "")
+    else:
+        queue.remove(job.id)
+    job.ask_again(served[1], Place.FRONT, NOW_S)
+
+    assert list(queue.in_turn()) == [other]
 
 
 def test_thousands_of_queued_jobs_are_not_walked_for_a_look() -> None:
@@ -522,6 +656,49 @@ def test_users_with_tasks_alike_wait_for_one_of_each_other(users: int, tokens: i
 
     for start in range(0, users * tasks, users):
         assert len(set(turns[start : start + users])) == users
+
+
+@unhurried
+@given(
+    acts=st.lists(
+        st.tuples(
+            st.sampled_from(["add", "read", "serve", "chunk", "again", "end"]),
+            st.integers(0, 700),
+            st.integers(-1, 1),
+        ),
+        max_size=60,
+    )
+)
+def test_no_page_that_is_wanted_is_forgotten(acts: list[tuple[str, int, int]]) -> None:
+    queue, jobs, sent = FairQueue(), list[JobRun](), list[tuple[JobRun, QueuedTask]]()
+    for step, (act, number, priority) in enumerate(acts):
+        if act == "add":
+            jobs.append(unread(id=f"{step:02}", tasks=1 + number, priority=priority))
+            queue.add(jobs[-1])
+        elif act == "read":
+            for job in queue.wanting_pages(1 + number % 4):
+                size = min(PAGE_TASKS, job.pending - 1 - job.cursor)
+                cursor = job.cursor + size
+                page = [factories.queued_task(position=cursor - place) for place in reversed(range(size))]
+                job.add_page(page, cursor, exhausted=cursor == job.pending - 1)
+        elif act == "serve":
+            sent += [served for _ in range(number) if (served := serve(queue)) is not None]
+        elif act == "chunk" and jobs:
+            rest = (job := jobs[number % len(jobs)]).cut_chunk(0, max_tasks=number)
+            job.give_back(deque(list(rest)[number // 2 :]))
+        elif act == "again" and sent:
+            job, task = sent.pop(number % len(sent))
+            job.ask_again(task, Place.BEHIND, NOW_S)
+        elif act == "end" and jobs:
+            job = jobs.pop(number % len(jobs))
+            job.clear()
+            job.closing = Failure(ErrorCode.CANCELLED, "")
+            queue.remove(job.id)
+
+        in_front = 0
+        for job in sorted(jobs, key=lambda job: job.turn):
+            assert not (job.wants_page and in_front < LOW_TASKS) or job.line.runs_low
+            in_front += len(job.fresh)
 
 
 @dataclass

@@ -63,7 +63,9 @@ class Dispatcher:
                 job = next((job for job in jobs if job.fresh), None)
                 most = max(most, sum(len(job.fresh) for job in jobs))
                 if job is not None:
-                    taken.append((job.id, job.fresh.popleft().position))
+                    task = job.fresh[0]
+                    job.pop(task)
+                    taken.append((job.id, task.position))
                 else:
                     self._came.wait(1.0)
                     assert time.monotonic() < give_up_s
