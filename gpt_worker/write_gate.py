@@ -6,6 +6,7 @@ waiting is fair, which busy waiting for a database's own lock is not.
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -21,9 +22,10 @@ class DatabaseUnusable(SQLAlchemyError):
 
 
 class WriteGate:
-    """A lock whose urgent callers go before all others, but not twice in a row while another waits.
+    """A lock whose urgent callers go before all others, but not twice in a row while another waits; the others in turn.
 
-    Without that bound, a recorder that always has something to commit would keep every submit and cancel out.
+    Without that bound, a recorder that always has something to commit would keep every submit and cancel out. Without
+    the order, who writes slice after slice would: it asks again before anybody else has woken up.
     While another program has the database locked, one of the others tries and the rest are turned away, and before
     that is known, those that are too many: they would all wait, and no thread would be left to say so.
     """
@@ -32,7 +34,7 @@ class WriteGate:
         self._is_locked = is_locked  # whether another program has the database
         self._condition = threading.Condition()
         self._held = False
-        self._waiting = {True: 0, False: 0}  # by urgency
+        self._lines: dict[bool, deque[object]] = {True: deque(), False: deque()}  # who waits, by urgency
         self._others_next = False
         self._since_s = 0.0  # when it was last taken
         self._locked = False  # whether the last one in found it so
@@ -41,12 +43,13 @@ class WriteGate:
     @contextmanager
     def hold(self, urgent: bool) -> Iterator[None]:
         """Raises DatabaseUnusable for a caller that is turned away, or that has waited too long."""
+        line, me = self._lines[urgent], object()
         with self._condition:
-            self._waiting[urgent] += 1
+            line.append(me)
             try:
-                self._await_turn(urgent)
+                self._await_turn(urgent, me)
             finally:
-                self._waiting[urgent] -= 1
+                line.remove(me)
             self._held, self._others_next, self._since_s = True, urgent, time.monotonic()
         locked = False
         try:
@@ -59,17 +62,17 @@ class WriteGate:
                 self._held, self._locked = False, locked
                 self._condition.notify_all()
 
-    def _await_turn(self, urgent: bool) -> None:
+    def _await_turn(self, urgent: bool, me: object) -> None:
         wait_until_s = time.monotonic() + self._wait_s
-        while not self._is_turn(urgent):
+        while self._held or self._next_line()[0] is not me:
             now_s = time.monotonic()
-            crowded = self._waiting[False] > MAX_WAITING and now_s > self._since_s + LONG_S
+            crowded = len(self._lines[False]) > MAX_WAITING and now_s > self._since_s + LONG_S
             if not urgent and (self._locked or crowded or now_s > wait_until_s):
                 self._condition.notify_all()  # the recorder may have been waiting for this one's turn to pass
                 raise DatabaseUnusable("it is locked" if self._locked else "too many wait to write")
             self._condition.wait(None if urgent else LONG_S)
 
-    def _is_turn(self, urgent: bool) -> bool:
-        """Whether one who waits may have the lock now."""
-        is_urgent_next = self._waiting[True] > 0 and not (self._others_next and self._waiting[False])
-        return not self._held and urgent is is_urgent_next
+    def _next_line(self) -> deque[object]:
+        """The line whose first is the next to have the lock; somebody waits."""
+        others = self._lines[False]
+        return others if others and (self._others_next or not self._lines[True]) else self._lines[True]
