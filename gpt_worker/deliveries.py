@@ -129,8 +129,11 @@ def render_body(database: Database, settings: Settings, delivery: DeliveryRow, n
         return body
     link = signing.sign_link(signing.link_key(settings.app_key), delivery.job_id, now + LINK_LIFETIME)
     digest = hashlib.sha256()
-    for piece in rendering.results_jsonl(database, delivery.job_id):
-        digest.update(piece)
+    try:
+        for piece in rendering.results_jsonl(database, delivery.job_id):
+            digest.update(piece)
+    except NotFound as error:
+        raise JobGone("given up: the job was deleted") from error
     data |= {
         "results": None,
         "errors": None,

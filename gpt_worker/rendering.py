@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from gpt_worker.db import Database
 from gpt_worker.domain import TaskState
+from gpt_worker.errors import NotFound
 from gpt_worker.models import JobRow
 from gpt_worker.store import jobs as job_store
 from gpt_worker.store import tasks as task_store
@@ -181,11 +182,16 @@ def _defused(cell: str) -> str:
 
 
 def _tasks(database: Database, job_id: str) -> Iterator[TaskResult]:
-    """Every task, in order; a page is read in a short transaction of its own, and kept no longer than it is needed."""
+    """Every task, in order; a page is read in a short transaction of its own, and kept no longer than it is needed.
+
+    Raises NotFound once the job is deleted: its rows go slice by slice, and what is left must not pass for the whole.
+    """
     after, limit, more = -1, PAGE_TASKS, True
     while more:
         with database.read() as session:
             page = task_store.results_page(session, job_id, after, limit, PAGE_CHARACTERS)
+            if not job_store.is_visible(session, job_id):
+                raise NotFound("the job was deleted while its results were read")
         tasks, more = page.tasks, page.more
         if tasks:
             after = tasks[-1].position

@@ -24,6 +24,7 @@ from gpt_worker.backoff import drive_wait_s
 from gpt_worker.db import Database, log_failure, trouble_of
 from gpt_worker.domain import FileState, utc_now
 from gpt_worker.drives import Drive, DriveError, NoFile
+from gpt_worker.errors import NotFound
 from gpt_worker.models import JobRow
 from gpt_worker.store import result_files as store
 from gpt_worker.store.result_files import OwedFile
@@ -201,7 +202,7 @@ class ResultFiles:
 
     def _write(self, file: OwedFile) -> Note:
         digest = hashlib.sha256()
-        with self._drive.stage() as staged, _packer(staged) as packed:
+        with self._drive.stage() as staged, _packer(staged) as packed, suppress(NotFound):
             began_s = time.monotonic()
             for page in rendering.results_jsonl(self._database, file.job_id):
                 digest.update(page)

@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from flask import Response, jsonify, request, stream_with_context
@@ -207,7 +208,9 @@ def get_results(path: schemas.IdPath, query: shapes.ResultsQuery) -> Response:
         hold_place(until_sent)
         stored = parts.result_files.find(job) if query.format == "jsonl" else None
         if stored is None:
-            pieces = stream_with_context(render(parts.database, job.id))
+            rendered = render(parts.database, job.id)
+            first = next(rendered, b"")  # here: what is wrong from the first can still be told
+            pieces = stream_with_context(chain([first], rendered))
             reply = Response(pack(pieces) if takes_gzip else pieces, content_type=mimetype)
         elif takes_gzip:
             reply = Response(stored.pieces, content_type=mimetype)

@@ -90,6 +90,12 @@ def get_job(session: Session, job_id: str) -> JobRow | None:
     return session.get(JobRow, job_id)
 
 
+def is_visible(session: Session, job_id: str) -> bool:
+    """Whether the job is there, whole, and not being deleted."""
+    status = session.scalar(select(JobRow.status).where(JobRow.id == job_id))
+    return status is not None and status not in HIDDEN
+
+
 def run_of(session: Session, job_id: str) -> int | None:
     """Which run of the job is the last; None if it is gone."""
     return session.scalar(select(JobRow.run).where(JobRow.id == job_id))

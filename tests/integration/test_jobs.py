@@ -695,6 +695,24 @@ def test_purged_job_lands_nowhere(service: Service, upstream: Upstream) -> None:
     assert service.get(f"/jobs/{job_id}", service.admin).status_code == 404
 
 
+@pytest.mark.parametrize("form", ["json", "csv"])
+def test_purge_cuts_off_who_reads_the_results(service: Service, form: str) -> None:
+    lines = "".join(json.dumps({"text": f"{number} {'x' * 20_000}"}) + "\n" for number in range(1200))
+    headers = {"Content-Type": "application/jsonl", "Prefer": "respond-async"}
+    job_id = service.post("/jobs", service.admin, data=lines, headers=headers).json()["id"]
+    service.wait_finished(job_id, 60)
+
+    identity = {"Accept-Encoding": "identity"}
+    path = f"/jobs/{job_id}/results?format={form}"
+    with service.get(path, service.admin, headers=identity, stream=True) as reply:
+        pieces = reply.iter_content(1 << 16)
+        next(pieces)
+        assert service.delete(f"/jobs/{job_id}?purge=true", service.admin).status_code == 204
+        with pytest.raises(requests.exceptions.ChunkedEncodingError):
+            list(pieces)
+    assert "Traceback" not in service.stderr()
+
+
 # Asking again
 
 

@@ -194,6 +194,7 @@ def make_calls(
         jobs.add_job: lambda session: jobs.add_job(session, _job()),
         jobs.find_job: (job.id, ADMIN),
         jobs.get_job: (job.id,),
+        jobs.is_visible: (job.id,),
         jobs.run_of: (job.id,),
         jobs.owner_emails: ([job],),
         jobs.list_jobs: lambda session: jobs.list_jobs(session, ADMIN, everyone=False, status=None, **page),

@@ -15,6 +15,7 @@ from sqlalchemy import event
 from gpt_worker import rendering
 from gpt_worker.db import Database
 from gpt_worker.domain import Answer, ErrorCode, Failure, JobStatus, Outcome
+from gpt_worker.errors import NotFound
 from gpt_worker.models import JobRow
 from gpt_worker.rendering import PAGE_TASKS, render_job, render_time
 from gpt_worker.store import jobs as job_store
@@ -261,3 +262,19 @@ def test_no_page_holds_more_than_it_may_of_long_answers(
     assert shown.count("ü") == sum(lengths)
     assert max(read) < 10_000 + 30_000
     assert max(map(len, pieces)) < 2 * (2000 + 30_000 + 1000)
+
+
+@pytest.mark.parametrize("form", [rendering.results_json, rendering.results_jsonl, rendering.results_csv])
+def test_results_break_off_when_the_job_is_deleted_meanwhile(
+    database: Database, form: Callable[[Database, str], Iterator[bytes]]
+) -> None:
+    large = factories.store_job(database=database, tasks=2 * PAGE_TASKS)
+    decide(database, large, {position: Answer("x" * 1000, "stop") for position in range(2 * PAGE_TASKS)})
+    pieces = form(database, large.id)
+    next(pieces)
+
+    with database.write() as session:
+        job_store.discard(session, large.id)
+
+    with pytest.raises(NotFound):
+        list(pieces)
