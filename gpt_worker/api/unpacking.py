@@ -14,6 +14,7 @@ from gpt_worker.gzip_members import inflate, new_member
 
 PIECE_BYTES = 64 << 10
 CHECK_EVERY_BYTES = 1 << 20
+GZIP_MAGIC = b"\x1f\x8b"  # RFC 1952, section 2.3.1; no text in UTF-8 begins so
 
 
 def sent_pieces(stream: IO[bytes], length: int | None) -> Iterator[bytes]:
@@ -57,6 +58,16 @@ def bounded(
 def too_large(max_bytes: int, limit: str) -> TooLarge:
     """The body is over the limit of this name."""
     return TooLarge(f"The body may have at most {max_bytes} bytes, also unpacked ({limit}).")
+
+
+def not_packed(pieces: Iterable[bytes], otherwise: str) -> Iterator[bytes]:
+    """The same pieces, of what was not said to be gzip. Raises BadRequest, in these words, where it is all the same."""
+    begun = False
+    for piece in pieces:
+        if not begun and piece.startswith(GZIP_MAGIC):
+            raise BadRequest(otherwise)
+        begun = True
+        yield piece
 
 
 def gunzip(pieces: Iterable[bytes]) -> Iterator[bytes]:

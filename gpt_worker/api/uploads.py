@@ -25,7 +25,7 @@ from gpt_worker.api.form_parts import FILE_PART, Part, read_form
 from gpt_worker.api.job_body import job_without_tasks, read_job, read_metadata, read_settings
 from gpt_worker.api.job_schemas import JobSettingsBody
 from gpt_worker.api.parsing import ONE_AT_A_TIME_BYTES, StrictRequest, parse_json, parse_object
-from gpt_worker.api.unpacking import bounded, file_pieces, gunzip, sent_pieces, too_large
+from gpt_worker.api.unpacking import bounded, file_pieces, gunzip, not_packed, sent_pieces, too_large
 from gpt_worker.api.upload_query import UploadQuery
 from gpt_worker.domain import DeliveryMode, JobSettings, NewTask
 from gpt_worker.errors import FieldError, Invalid, Unavailable
@@ -49,6 +49,8 @@ FILE_NAMES: dict[str, ReadTasks] = {
     ".csv": csv_tasks,
 }
 TAKEN = ", ".join((JSON, *FILES, FORM))
+BODY_IS_GZIP = "The body is gzip: add the header Content-Encoding: gzip."
+PART_IS_GZIP = "The part file is gzip: its name must end in .gz."
 RETRY_AFTER_S = 5
 MAX_MIDDLING = 8
 TURN_WAIT_S = 20.0
@@ -140,7 +142,8 @@ def _json_body(held: ExitStack) -> Json:
         sent = _sent(settings.max_json_bytes, "MAX_JSON_BYTES")
         pieces = bounded(gunzip(sent), settings.max_json_bytes, "MAX_JSON_BYTES")
     else:
-        pieces = cast(StrictRequest, request).json_pieces(settings.max_json_bytes)
+        sent = cast(StrictRequest, request).json_pieces(settings.max_json_bytes)
+        pieces = not_packed(sent, BODY_IS_GZIP)
     if not _has_come():
         _hold_place(held)
     with tempfile.SpooledTemporaryFile(ONE_AT_A_TIME_BYTES, dir=str(settings.data_dir)) as file:
@@ -215,15 +218,12 @@ def _from_file(query: UploadQuery, read_tasks: ReadTasks, held: ExitStack, *, ha
         file, digest = _kept(pieces, held)
         pieces = file_pieces(file)
         said = _said(request.content_type, request.content_encoding, digest)
-    tasks = _file_tasks(pieces, read_tasks, job.settings, is_gzip=is_gzip)
-    return Received(replace(job, tasks=tasks), said)
+    unpacked = gunzip(pieces) if is_gzip else not_packed(pieces, BODY_IS_GZIP)
+    return Received(replace(job, tasks=_file_tasks(unpacked, read_tasks, job.settings)), said)
 
 
-def _file_tasks(
-    pieces: Iterable[bytes], read_tasks: ReadTasks, job: JobSettings, *, is_gzip: bool
-) -> Iterator[NewTask]:
+def _file_tasks(unpacked: Iterable[bytes], read_tasks: ReadTasks, job: JobSettings) -> Iterator[NewTask]:
     settings = service().settings
-    unpacked = gunzip(pieces) if is_gzip else pieces
     whole = bounded(unpacked, settings.max_upload_bytes, "MAX_UPLOAD_BYTES", _check_service)
     return read_tasks(whole, job, settings.max_json_bytes, settings.max_tasks)
 
@@ -257,7 +257,8 @@ def _from_form(query: UploadQuery, held: ExitStack) -> Received:
     read_tasks, is_gzip = _kind_of(parts[FILE_PART])
     file = parts[FILE_PART].file
     assert file is not None
-    tasks = _file_tasks(file_pieces(file), read_tasks, job.settings, is_gzip=is_gzip)
+    unpacked = gunzip(file_pieces(file)) if is_gzip else not_packed(file_pieces(file), PART_IS_GZIP)
+    tasks = _file_tasks(unpacked, read_tasks, job.settings)
     return Received(replace(job, tasks=tasks), _said_by_form(parts))
 
 

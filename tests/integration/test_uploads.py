@@ -323,6 +323,17 @@ def test_bad_packing_is_refused(service: Service, body: bytes, headers: dict[str
 
 
 @pytest.mark.usefixtures("nothing_stays")
+@pytest.mark.parametrize("key", [{}, {"Idempotency-Key": "gzip"}], ids=["no key", "key"])
+@pytest.mark.parametrize("kind", [JSONL, CSV, "application/json"])
+def test_gzip_that_is_not_said_is_told_with_the_header_to_add(
+    service: Service, kind: str, key: dict[str, str]
+) -> None:
+    reply = upload(service, gzip.compress(TWO), kind, headers=key)
+
+    assert "is gzip: add the header Content-Encoding: gzip" in assert_problem(reply, 400)["detail"]
+
+
+@pytest.mark.usefixtures("nothing_stays")
 def test_415_says_what_is_taken(service: Service) -> None:
     detail = assert_problem(upload(service, TWO, "application/xml"), 415)["detail"]
 
@@ -362,6 +373,7 @@ BAD_FORMS: dict[str, tuple[list[tuple[str, Any]], int, str]] = {
     "no kind of file": ([("file", ("a.xlsx", TWO))], 415, "part file"),
     "file with a bad line": ([("file", ("a.csv", b"id,text\na,b\na,c\n"))], 422, "line.3.id"),
     "file that is no gzip": ([("file", ("a.csv.gz", TWO))], 400, "gzip"),
+    "gzip that is not said": ([("file", ("a.jsonl", gzip.compress(TWO)))], 400, "its name must end in .gz"),
     "file in CP1251": ([("file", ("a.csv", TWO, "text/csv; charset=cp1251"))], 415, "UTF-8"),
 }
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from werkzeug.exceptions import BadRequest, ClientDisconnected
 
-from gpt_worker.api.unpacking import PIECE_BYTES, bounded, gunzip, sent_pieces
+from gpt_worker.api.unpacking import PIECE_BYTES, bounded, gunzip, not_packed, sent_pieces
 from gpt_worker.errors import TooLarge
 
 TEXT = b"good morning\n" * 20_000
@@ -75,6 +75,16 @@ def test_whatever_was_packed_comes_out(members: list[bytes], size_bytes: int) ->
 def test_what_is_no_whole_gzip_is_refused(packed: bytes) -> None:
     with pytest.raises(BadRequest, match="gzip"):
         b"".join(gunzip(in_pieces(packed)))
+
+
+@pytest.mark.parametrize("text", [TEXT, b"", b"\x1f", b"text\n\x1f\x8b"])
+def test_what_is_not_packed_passes(text: bytes) -> None:
+    assert b"".join(not_packed(in_pieces(text), "gzip!")) == text
+
+
+def test_gzip_that_was_not_said_is_refused_in_the_words_given() -> None:
+    with pytest.raises(BadRequest, match="gzip!"):
+        b"".join(not_packed(in_pieces(gzip.compress(TEXT)), "gzip!"))
 
 
 def test_bomb_comes_in_small_pieces() -> None:
