@@ -24,6 +24,8 @@ ONE_AT_A_TIME_BYTES = 1 << 20
 PIECE_BYTES = 64 << 10
 LARGEST = int(sys.float_info.max)
 
+# jiter's, with a place that is the end of the text, or column 0 of the line after it.
+ENDS_EARLY = "EOF while parsing"
 PLACE = re.compile(r" at (line \d+ )(column \d+)$")
 DUPLICATE = re.compile(r'Detected duplicate key (".*") at (line \d+ )(column \d+)$', re.DOTALL)
 # Only a body that has one of these can hold a NUL character or a number that no double can hold.
@@ -175,6 +177,8 @@ def _explain(message: str, what: str, line: int | None) -> NoReturn:
         where = duplicate[2] + duplicate[3] if line is None else duplicate[3]
         loc = () if line is None else ("line", line)
         raise Invalid(FieldError((*loc, _unquoted(duplicate[1])), f"given twice, again at {where}"))
+    if message.startswith(ENDS_EARLY):
+        raise BadRequest(f"{what} is not valid JSON: it ends too early.")
     place = PLACE.search(message)
     where = "" if place is None else " at " + (place[1] + place[2] if line is None else place[2])
     raise BadRequest(f"{what} is not valid JSON{where}.")

@@ -80,6 +80,17 @@ def test_syntax_error_names_line_and_column() -> None:
     assert "line 2 column 10" in (caught.value.description or "")
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [b"{", b'{"a": 1', b'{"a": 1\n', b'{"a": 1,\n', b'["a', b'{"a": tru', b'{"a": "\\u12', b'{"a": "b\\'],
+)
+def test_text_that_ends_too_early_is_told_so_and_not_where(raw: bytes) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_json(raw)
+
+    assert caught.value.description == "The body is not valid JSON: it ends too early."
+
+
 def test_syntax_error_repeats_nothing_of_the_body() -> None:
     with pytest.raises(BadRequest) as caught:
         parse_json(b'{"password": hunter2hunter2}')
