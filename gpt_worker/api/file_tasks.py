@@ -6,6 +6,7 @@ Every error tells the line, and tasks are made only as they are asked for, so a 
 import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from werkzeug.exceptions import BadRequest
@@ -20,6 +21,7 @@ from gpt_worker.gpt import template_parts
 
 DELIMITERS = ",;\t"  # when a header has as many of one as of another, the first counts
 MAX_COLUMNS = 1000
+LINE_ENDS_GONE = "(with curl send it by --data-binary: -d removes the line ends)"
 # Of a cell with "" in it, two: a pattern for the whole takes memory by the letter.
 QUOTED = re.compile(r'"[^"]*"')
 
@@ -77,6 +79,44 @@ def csv_tasks(
     for line, said in _csv_rows(lines, settings, max_row_bytes):
         yield tasks.of_row(line, said)
     tasks.check_any()
+
+
+def csv_body_tasks(
+    pieces: Iterable[bytes], settings: JobSettings, max_row_bytes: int, max_tasks: int
+) -> Iterator[NewTask]:
+    """The same of a whole body; where that has no line end at all, errors say how the line ends may have gone."""
+    body = _OneLine(pieces)
+    try:
+        yield from csv_tasks(body, settings, max_row_bytes, max_tasks)
+    except BadRequest as error:
+        if body.is_one_line:
+            error.description = f"{str(error.description).removesuffix('.')} {LINE_ENDS_GONE}."
+        raise
+    except Invalid as error:
+        if not body.is_one_line:
+            raise
+        raise Invalid(
+            *(replace(each, msg=f"{each.msg} {LINE_ENDS_GONE}") for each in error.errors)
+        ) from error
+    except TooLarge as error:
+        if not body.is_one_line:
+            raise
+        raise TooLarge(f"{error} {LINE_ENDS_GONE}") from error
+
+
+class _OneLine:
+    """Passes pieces on; `is_one_line` as long as there were some, and no line end in any."""
+
+    def __init__(self, pieces: Iterable[bytes]) -> None:
+        self.is_one_line = False
+        self._pieces = pieces
+
+    def __iter__(self) -> Iterator[bytes]:
+        line_ended = False
+        for piece in self._pieces:
+            line_ended = line_ended or b"\n" in piece or b"\r" in piece
+            self.is_one_line = not line_ended
+            yield piece
 
 
 class _Tasks:

@@ -20,7 +20,7 @@ from werkzeug.http import parse_options_header
 
 from gpt_worker.api.access import holder
 from gpt_worker.api.context import service
-from gpt_worker.api.file_tasks import csv_tasks, jsonl_tasks
+from gpt_worker.api.file_tasks import csv_body_tasks, csv_tasks, jsonl_tasks
 from gpt_worker.api.form_parts import FILE_PART, Part, read_form
 from gpt_worker.api.job_body import job_without_tasks, read_job, read_metadata, read_settings
 from gpt_worker.api.job_schemas import JobSettingsBody
@@ -42,6 +42,7 @@ FILES: dict[str, ReadTasks] = {
     "application/x-ndjson": jsonl_tasks,
     "text/csv": csv_tasks,
 }
+BODIES: dict[str, ReadTasks] = {**FILES, "text/csv": csv_body_tasks}
 FILE_NAMES: dict[str, ReadTasks] = {
     ".jsonl": jsonl_tasks,
     ".ndjson": jsonl_tasks,
@@ -82,7 +83,7 @@ def receive(query: UploadQuery, *, hashed: bool) -> Iterator[Received]:
         with ExitStack() as held:
             yield _from_json(query, held, hashed=hashed)
         return
-    read_tasks = FILES.get(kind)
+    read_tasks = BODIES.get(kind)
     if read_tasks is None and kind != FORM:
         raise UnsupportedMediaType(f"Send the header Content-Type: {TAKEN}.")
     _check_charset(request.mimetype_params)

@@ -277,6 +277,7 @@ BAD_FILES: dict[str, tuple[str, bytes, dict[str, str], int, str]] = {
     "equal ids": (CSV, b"id,text\na,b\na,s3cr3t-v4lue\n", {}, 422, "line.3.id: the id 'a' is given twice"),
     "CP1251": (CSV, "id,text\nа,Привіт\n".encode("cp1251"), {}, 400, "Line 2 is not UTF-8"),
     "CP1251 JSONL": (JSONL, '{"text": "Привіт"}'.encode("cp1251"), {}, 400, "Line 1 is not UTF-8"),
+    "no line end": (CSV, b"id,texta,s3cr3t-v4lue", {}, 422, "curl send it by --data-binary"),
     "NUL": (CSV, b"text\na\0b\n", {}, 400, "Line 2"),
     "line 7001": (JSONL, b'{"text": "a"}\n' * 7000 + b'{"text": s3cr3t-v4lue}', {}, 400, "Line 7001"),
     "task on line 7001": (JSONL, b'{"text": "a"}\n' * 7000 + b'{"text": ""}', {}, 422, "line.7001.text"),

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from werkzeug.exceptions import BadRequest
 
-from gpt_worker.api.file_tasks import csv_tasks, jsonl_tasks
+from gpt_worker.api.file_tasks import LINE_ENDS_GONE, csv_body_tasks, csv_tasks, jsonl_tasks
 from gpt_worker.domain import JobSettings, NewTask
 from gpt_worker.errors import Invalid, TooLarge
 
@@ -347,6 +347,41 @@ def test_what_cannot_be_read_is_told_by_its_line(read: Read, raw: bytes, says: s
 def test_limits_are_named(read: Read, raw: bytes, says: str) -> None:
     with pytest.raises(TooLarge, match=says):
         [*read([raw], PLAIN, MAX_LINE_BYTES, MAX_TASKS)]
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b'id,texta,"b"c,d', "begins on line 1 is no CSV: a quote"),
+        (b'id,texta,"b', "begins on line 1 opens a quote that is never closed"),
+        (b"id,texta,b", "line.1.text: this column is missing"),
+        (b"id,text", "file: the file needs at least one task"),
+        (b"," * 900 + b"text" + b"," * 99, "line.1: column 1 of the header has no name"),
+        (b"," * 1000, "line.1: the header may have at most 1000 columns"),
+        (b"x" * 2001, "begins on line 1 has more than 2000 bytes"),
+    ],
+)
+def test_csv_body_of_one_line_is_told_how_its_line_ends_may_have_gone(raw: bytes, says: str) -> None:
+    def refusal(read: Read, raw: bytes) -> str:
+        with pytest.raises((BadRequest, Invalid, TooLarge)) as refused:
+            [*read([raw[:3], raw[3:]], PLAIN, 2000, MAX_TASKS)]
+        return str(refused.value)
+
+    told = refusal(csv_body_tasks, raw)
+
+    assert says in told
+    assert LINE_ENDS_GONE in told
+    assert LINE_ENDS_GONE not in refusal(csv_tasks, raw)
+    assert LINE_ENDS_GONE not in refusal(csv_body_tasks, raw + b"\n")
+
+
+def test_csv_body_that_breaks_off_at_once_is_told_nothing_of_line_ends() -> None:
+    def not_gzip() -> Iterator[bytes]:
+        yield from ()
+        raise BadRequest("The body is not gzip.")
+
+    with pytest.raises(BadRequest, match=r"gzip\.$"):
+        [*csv_body_tasks(not_gzip(), PLAIN, MAX_LINE_BYTES, MAX_TASKS)]
 
 
 @pytest.mark.parametrize(("read", "raw"), [(jsonl_tasks, OK), (csv_tasks, b"text\na\n")])
