@@ -395,7 +395,7 @@ class Accounts:
         """Whose token this is.
 
         Raises:
-            Unauthenticated: not ours, expired, revoked, or its user is disabled or gone.
+            Unauthenticated: not ours, expired, not known here, or its user is disabled.
         """
         token_id, user_id = _read_claims(token)
         with self._database.read() as session:
@@ -419,7 +419,7 @@ class Accounts:
         """The user of a token that counts. Raises Unauthenticated."""
         found = store.find_token(session, token_id)
         if found is None:
-            raise _revoked()
+            raise _unknown(is_empty=not store.any_user(session))
         row, user = found
         if user.disabled:
             raise _revoked()
@@ -656,6 +656,17 @@ def _read_claims(token: str, *, allow_expired: bool = False) -> tuple[str, str]:
 
 def _revoked() -> Unauthenticated:
     return Unauthenticated("The token was revoked.")
+
+
+def _unknown(*, is_empty: bool) -> Unauthenticated:
+    """Of our signature, and not in the database: nothing tells one that was revoked from one of another database."""
+    if is_empty:
+        return Unauthenticated(
+            "The token is not known here, where there is no account yet: POST /register makes the first."
+        )
+    return Unauthenticated(
+        "The token is not known here: it may have been revoked, or belong to another database."
+    )
 
 
 def _not_ours() -> Unauthenticated:

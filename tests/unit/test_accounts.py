@@ -810,6 +810,27 @@ def test_logout_ends_that_token_alone(accounts: Accounts) -> None:
     assert accounts.authenticate(second.text).token_id == second.id
 
 
+def test_token_that_the_database_does_not_have_may_be_of_another_one(accounts: Accounts) -> None:
+    user, token = accounts.register(EMAIL, PASSWORD)
+    accounts.logout(token.id, user.id)
+
+    with pytest.raises(
+        Unauthenticated, match=r"not known here: it may .* revoked, or belong to another database"
+    ):
+        accounts.authenticate(token.text)
+
+
+def test_token_of_another_database_is_told_where_there_is_no_account_yet(
+    accounts: Accounts, tmp_path: Path
+) -> None:
+    _, token = accounts.register(EMAIL, PASSWORD)
+    new = SmallApp(tmp_path / "new")
+
+    with new.app.app_context(), pytest.raises(Unauthenticated, match=r"not known here.* POST /register"):
+        new.accounts.authenticate(token.text)
+    new.close()
+
+
 def test_token_ends_by_the_clock(accounts: Accounts, clock: FakeClock) -> None:
     _, token = accounts.register(EMAIL, PASSWORD)
     clock.advance(24 * 3600)
