@@ -254,7 +254,13 @@ class Server:
                 if kind == REFUSED or time.monotonic() > wait_until_s:
                     raise SettingsError(f"{self} can't be used: {words}") from error
                 if not told:
-                    log.warning("%s does not answer yet: %s", self, words, extra={"action": "database_wait"})
+                    log.warning(
+                        "%s does not answer yet: %s; waiting up to %.0f s",
+                        self,
+                        words,
+                        START_WAIT_S,
+                        extra={"action": "database_wait"},
+                    )
                     told = True
             next_s = time.monotonic() + LOOK_EVERY_S
             while time.monotonic() < next_s:

@@ -3,14 +3,15 @@
 The errors are made here as the drivers make them, none of which need be installed.
 """
 
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import Engine, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from gpt_worker.db import is_full, trouble_of
-from gpt_worker.db_servers import BUSY, FULL, LOST, REFUSED, Server, what_happened
+from gpt_worker.db_servers import BUSY, FULL, LOST, REFUSED, START_WAIT_S, Server, what_happened
+from gpt_worker.errors import StartGivenUp
 
 REFUSED_BY_PGSQL = (
     'connection failed: connection to server at "db", port 5432 failed: '
@@ -111,6 +112,22 @@ def test_tls_is_asked_for_as_other_programs_do() -> None:
     server = Server(make_url("mysql+pymysql://me@db/jobs?ssl=true"))
 
     assert server.engine_options["connect_args"]["ssl"] == {"ca": None}
+
+
+def test_start_that_waits_for_its_server_says_for_how_long(caplog: pytest.LogCaptureFixture) -> None:
+    class Away:
+        def connect(self) -> NoReturn:
+            raise driver_error("pymysql", 2003, "Can't connect")
+
+    with pytest.raises(StartGivenUp):
+        Server(make_url("mysql+pymysql://me@db/jobs")).await_up(cast(Engine, Away()), lambda: False)
+
+    (record,) = caplog.records
+    waits = f"waiting up to {START_WAIT_S:.0f} s"
+    assert (
+        record.getMessage()
+        == f"the database jobs on db does not answer yet: the connection was lost; {waits}"
+    )
 
 
 @pytest.mark.parametrize(
