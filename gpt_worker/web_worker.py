@@ -462,7 +462,8 @@ def render_problem(status: HTTPStatus, detail: str, request_id: str) -> bytes:
             "status": status.value,
             "detail": detail,
             "request_id": request_id,
-        }
+        },
+        ensure_ascii=False,
     ).encode()
     retry_after = f"Retry-After: {RETRY_AFTER_S}\r\n" if status == HTTPStatus.SERVICE_UNAVAILABLE else ""
     head = (

@@ -111,7 +111,9 @@ def problem(
     }
     if errors:
         body["errors"] = [{"loc": [_short(part) for part in error.loc], "msg": error.msg} for error in errors]
-    reply = Response(json.dumps(body) + "\n", status, mimetype=MIMETYPE)
+    # A lone surrogate, which UTF-8 has not, gets a backslash and so is what JSON writes for it.
+    text = json.dumps(body, ensure_ascii=False).encode(errors="backslashreplace")
+    reply = Response(text + b"\n", status, mimetype=MIMETYPE)
     if status == HTTPStatus.UNAUTHORIZED:
         reply.headers["WWW-Authenticate"] = "Bearer"
     if retry_after_s is not None:

@@ -94,6 +94,14 @@ def test_error_becomes_its_problem(small: RaisingApp, error: Exception, status: 
     assert (reply.json["status"], reply.json["type"]) == (status, name)
 
 
+def test_problem_is_in_utf_8_like_other_replies(small: RaisingApp) -> None:
+    reply = small.failing_with(errors.Invalid(FieldError(("ключ", "\ud800"), "Bearer …")))
+
+    assert "ключ".encode() in reply.data
+    assert "Bearer …".encode() in reply.data
+    assert reply.json["errors"] == [{"loc": ["ключ", "\ud800"], "msg": "Bearer …"}]
+
+
 @pytest.mark.parametrize(
     ("error", "seconds"),
     [

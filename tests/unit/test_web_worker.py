@@ -1,10 +1,12 @@
 """When a client is too slow for its thread, and which requests the main loop collects itself."""
 
 import io
+import json
 import selectors
 import socket
 import time
 from collections.abc import Iterator
+from http import HTTPStatus
 
 import pytest
 from gunicorn.config import Config
@@ -26,6 +28,7 @@ from gpt_worker.web_worker import (
     ThreadBudget,
     WebWorker,
     collectable_bytes,
+    render_problem,
 )
 from tests.clock import FakeClock
 
@@ -283,3 +286,11 @@ def test_body_is_read_up_to_its_limit(sent: bytes, length: int | None, sizes: li
     assert "10 bytes" in (caught.value.description or "")
     assert stream.tell() <= (0 if length else 11)
     assert not body.is_read
+
+
+def test_problem_of_the_server_is_in_utf_8_like_those_of_the_app() -> None:
+    head, body = render_problem(HTTPStatus.BAD_REQUEST, "Bearer …", "id").split(b"\r\n\r\n")
+
+    assert "Bearer …".encode() in body
+    assert f"Content-Length: {len(body)}\r\n".encode() in head
+    assert json.loads(body)["detail"] == "Bearer …"
