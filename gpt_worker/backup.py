@@ -19,6 +19,8 @@ from urllib.parse import quote
 
 import click
 
+from gpt_worker.sqlite import DAMAGED, DAMAGED_REASON, error_code
+
 FAILED = 2
 LOCK_WAIT_S = 30.0
 STEP_PAGES = 1000  # 4 MB
@@ -124,6 +126,8 @@ def _copy(database: Path, temporary: Path, target: Path) -> None:
             source.backup(copy, pages=STEP_PAGES, progress=breathe)
             copy.execute("PRAGMA journal_mode=DELETE").fetchone()  # one file, with nothing beside it
     except sqlite3.Error as error:
+        if error_code(error) in DAMAGED:
+            raise BackupError(f"the database {database} {DAMAGED_REASON}") from error
         raise BackupError(f"{database} can't be copied to {target}: {error}") from error
 
 

@@ -260,6 +260,21 @@ def test_a_stop_in_the_middle_leaves_no_half_file(tmp_path: Path, monkeypatch: p
     assert files_in(copies) == []
 
 
+@pytest.mark.parametrize(("first_byte", "byte"), [(100, b"\xa5"), (0, b"\0")], ids=["tables", "head"])
+def test_a_database_that_can_not_be_read_is_told_as_at_a_start(
+    tmp_path: Path, first_byte: int, byte: bytes
+) -> None:
+    database = make_database(tmp_path / "data")
+    with database.open("r+b") as file:
+        file.seek(first_byte)
+        file.write(byte * 3000)
+
+    with pytest.raises(BackupError) as refused:
+        copy_database(database, tmp_path / "copy")
+
+    assert str(refused.value) == f"the database {database} is damaged: put the backup back"
+
+
 def test_a_damaged_database_is_not_taken_for_a_backup(tmp_path: Path) -> None:
     database = make_database(tmp_path / "data")
     with database.open("r+b") as file:
