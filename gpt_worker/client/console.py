@@ -11,7 +11,7 @@ import click
 
 from gpt_worker.client import results
 from gpt_worker.client.credentials import find_credentials
-from gpt_worker.client.options import Form, output_form
+from gpt_worker.client.options import FileForm, output_form
 from gpt_worker.client.patience import OnWait
 from gpt_worker.client.progress import Display, KeyWatch, LiveBar, PlainLines
 from gpt_worker.client.server import Server
@@ -38,7 +38,7 @@ def tell_wait(display: Display) -> OnWait:
     return lambda error, wait_s: display.note(f"{NAME}: {error}; trying again in {wait_s:.1f} s")
 
 
-def checked_out(out: str | None) -> tuple[Path, Form] | None:
+def checked_out(out: str | None) -> tuple[Path, FileForm] | None:
     """Where the results go and in which form; a place that is none is refused before anything is sent."""
     if out is None:
         return None

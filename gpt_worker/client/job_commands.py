@@ -21,12 +21,14 @@ from gpt_worker.client.errors import (
     Passing,
     status_of_job,
 )
-from gpt_worker.client.options import INPUT_FORMS, Form, input_form, read_metadata, read_settings
+from gpt_worker.client.options import INPUT_FORMS, FileForm, Form, input_form, read_metadata, read_settings
 from gpt_worker.client.progress import Display, render_plain
 from gpt_worker.client.server import Json, Server, job_path
 
 job_id_argument = click.argument("job_id", metavar="ID")
-out_option = click.option("--out", metavar="FILE", help="Write the results here: .csv, .jsonl or .json.")
+out_option = click.option(
+    "--out", metavar="FILE", help="Write the results here: .csv, .jsonl or .json, each also with .gz."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="As JSON, the way the server says it.")
 
 
@@ -108,7 +110,7 @@ def wait(job_id: str, out: str | None) -> ExitStatus:
     return _watch(server_in_use(), job_id, checked_out(out))
 
 
-def _watch(server: Server, job_id: str, out: tuple[Path, Form] | None) -> ExitStatus:
+def _watch(server: Server, job_id: str, out: tuple[Path, FileForm] | None) -> ExitStatus:
     """Shows the job's progress to its end, and writes its results; the job's own exit status."""
     come_back = f"{NAME} wait {job_id}" + (f" --out {shlex.quote(str(out[0]))}" if out else "")
     try:

@@ -44,23 +44,28 @@ INPUT_FORMS = {str(form): form for packed in (False, True) for form in (FileForm
 
 def input_form(name: str) -> FileForm:
     """The form of a file of tasks by its name: `.json`, `.jsonl`, `.ndjson`, `.csv`, `.tsv`, each also with `.gz`."""
-    path = PurePath(name.lower())
-    packed = path.suffix == ".gz"
-    form = _ENDINGS.get(path.with_suffix("").suffix if packed else path.suffix)
+    form = _form_of(name, _ENDINGS)
     if form is None:
         raise BadInput(
             f"{name} does not tell its form by its name: it ends in none of .json, .jsonl, .csv (or these with .gz); "
             "use --format"
         )
-    return FileForm(form, packed)
-
-
-def output_form(name: str) -> Form:
-    """The form of a file of results by its name."""
-    form = _OUT_ENDINGS.get(PurePath(name.lower()).suffix)
-    if form is None:
-        raise BadInput(f"--out {name} must end in .csv, .jsonl or .json")
     return form
+
+
+def output_form(name: str) -> FileForm:
+    """The form of a file of results by its name: `.json`, `.jsonl`, `.ndjson`, `.csv`, each also with `.gz`."""
+    form = _form_of(name, _OUT_ENDINGS)
+    if form is None:
+        raise BadInput(f"--out {name} must end in .csv, .jsonl or .json, or one of these with .gz")
+    return form
+
+
+def _form_of(name: str, endings: Mapping[str, Form]) -> FileForm | None:
+    path = PurePath(name.lower())
+    packed = path.suffix == ".gz"
+    form = endings.get(path.with_suffix("").suffix if packed else path.suffix)
+    return None if form is None else FileForm(form, packed)
 
 
 def read_settings(pairs: Sequence[str], named: Mapping[str, str | None]) -> dict[str, Any]:

@@ -438,26 +438,29 @@ def test_server_that_is_down_is_told_at_once(client: Client) -> None:
     assert all(each.stderr.endswith("nothing listens there\n") for each in ended)
 
 
-def test_results_that_can_not_be_written_leave_nothing_behind(client: Client, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["answers.csv", "answers.csv.gz"])
+def test_results_that_can_not_be_written_leave_nothing_behind(
+    client: Client, tmp_path: Path, name: str
+) -> None:
     full = tmp_path / "full"
     full.mkdir()
     process = client.start(
         "submit",
         REVIEWS,
         "--out",
-        full / "answers.csv",
+        full / name,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)),
     )
 
     _, stderr = process.communicate(timeout=PATIENCE_S)
 
     assert process.returncode == 7, stderr
-    assert "answers.csv can't be written" in stderr
+    assert f"{name} can't be written" in stderr
     assert "come back with: gpt-worker wait" in stderr
     assert list(full.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["missing/answers.csv", "folder.csv"])
+@pytest.mark.parametrize("name", ["missing/answers.csv", "missing/answers.csv.gz", "folder.csv"])
 def test_place_that_takes_no_file_is_refused_before_anything_is_sent(
     client: Client, service: Service, tmp_path: Path, name: str
 ) -> None:
@@ -701,18 +704,34 @@ def test_service_without_events_is_asked_again_and_again(
     assert len([request for request, _ in front.seen if request.endswith("/events")]) == 1
 
 
+@pytest.mark.parametrize("name", ["answers.csv", "answers.csv.gz"])
 def test_results_that_break_off_are_fetched_again_whole(
-    client: Client, service: Service, tmp_path: Path
+    client: Client, service: Service, tmp_path: Path, name: str
 ) -> None:
-    out = tmp_path / "answers.csv"
+    out = tmp_path / name
     with Front(service, ("/results", Trouble.HALF), ("/results", Trouble.BUSY)) as front:
         client.use(front.url)
 
         ended = client.run("submit", REVIEWS, "--out", out)
 
     assert ended.status == 0, ended.stderr
-    assert len(csv_rows(out)) == 21
+    text = gzip.decompress(out.read_bytes()).decode() if name.endswith(".gz") else out.read_text()
+    assert len([*csv.reader(text.splitlines())]) == 21
     assert list(tmp_path.glob(".*.part")) == []
+
+
+@pytest.mark.parametrize("form", list(Form))
+def test_results_are_packed_where_their_name_says_so(client: Client, tmp_path: Path, form: Form) -> None:
+    plain, packed = tmp_path / f"answers.{form}", tmp_path / f"answers.{form}.gz"
+    job_id = client.run("submit", REVIEWS, "--no-wait").stdout.strip()
+
+    waited = client.run("wait", job_id, "--out", packed)
+    from_wait = gzip.decompress(packed.read_bytes())
+    fetched = [client.run("results", job_id, "--out", out) for out in (plain, packed)]
+
+    assert (waited.status, [each.status for each in fetched]) == (0, [0, 0])
+    assert waited.stderr.endswith(f" -> {packed}\n")
+    assert from_wait == gzip.decompress(packed.read_bytes()) == plain.read_bytes()
 
 
 # How it is installed

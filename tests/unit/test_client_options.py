@@ -37,9 +37,10 @@ def test_name_that_tells_no_form_is_refused_with_the_way_out(name: str) -> None:
         input_form(name)
 
 
-@pytest.mark.parametrize("name", ["answers", "answers.txt", "answers.csv.gz", "answers.tsv"])
-def test_results_are_written_as_csv_jsonl_or_json_alone(name: str) -> None:
-    assert [output_form(f"a.{form}") for form in Form] == list(Form)
+@pytest.mark.parametrize("name", ["answers", "answers.txt", "answers.gz", "answers.tsv", "answers.tsv.gz"])
+def test_results_are_written_as_csv_jsonl_or_json_alone_packed_or_not(name: str) -> None:
+    assert [output_form(f"a.{form}") for form in Form] == [FileForm(form) for form in Form]
+    assert [output_form(f"a.{form}.GZ") for form in Form] == [FileForm(form, packed=True) for form in Form]
     with pytest.raises(BadInput, match=r"must end in \.csv"):
         output_form(name)
 
