@@ -22,7 +22,7 @@ from gpt_worker.client.errors import (
     status_of_job,
 )
 from gpt_worker.client.options import INPUT_FORMS, FileForm, Form, input_form, read_metadata, read_settings
-from gpt_worker.client.progress import Display, render_plain
+from gpt_worker.client.progress import Display, render_figures
 from gpt_worker.client.server import Json, Server, job_path
 
 job_id_argument = click.argument("job_id", metavar="ID")
@@ -120,7 +120,7 @@ def _watch(server: Server, job_id: str, out: tuple[Path, FileForm] | None) -> Ex
             if out:
                 results.save(server, job_id, *out, tell_wait(display))
             where = f" -> {out[0]}" if out else ""
-            display.note(f"Job {job_id} {progress.status}: {render_plain(progress)}{where}")
+            display.note(f"Job {job_id} {progress.status}: {render_figures(progress)}{where}")
             if progress.failed:
                 display.note(f"Ask those that failed again with: {NAME} retry {job_id}")
     except KeyboardInterrupt:
@@ -172,7 +172,7 @@ def cancel(job_id: str) -> None:
     """Cancel a job: nothing new is sent, what is in flight still lands."""
     server = server_in_use()
     job = server.as_job(server.ask("DELETE", job_path(job_id)))
-    say(f"Job {job_id} is {job['status']}: {render_plain(following.read_progress(job))}.")
+    say(tables.render_cancelled(job))
 
 
 @click.command()
@@ -189,7 +189,8 @@ def retry(job_id: str, codes: tuple[str, ...]) -> None:
     except Conflict as error:
         raise Conflict(f"job {job_id} can't be retried: {error}") from error
     if reply.status_code == 200:
-        say(f"Job {job_id} has no such task: nothing to retry.")
+        why = "has no such task" if codes else "has an answer to every task"
+        say(f"Job {job_id} {why}: nothing to retry.")
     else:
         say(f"Job {job_id} goes again. Wait for it with: {NAME} wait {job_id}")
 

@@ -31,17 +31,22 @@ def render_duration(seconds: float) -> str:
 
 
 def render_plain(progress: Progress, resting: Resting | None = None) -> str:
-    """`12/20 answered, 1 failed, 3.4 tasks/s, ETA 0:02, 1 key resting`; what is not known is left out."""
+    """`queued, 12/20 answered, 1 failed, 1 key resting`: the figures, and what else one should know of the job."""
+    parts = [progress.status] if progress.status in ("queued", "cancelled") else []
+    parts.append(render_figures(progress))
+    parts += [
+        f"{count} {'key' if count == 1 else 'keys'} {state}" for state, count in (resting or {}).items()
+    ]
+    return ", ".join(parts)
+
+
+def render_figures(progress: Progress) -> str:
+    """`12/20 answered, 1 failed, 3.4 tasks/s, ETA 0:02`; what is not known is left out."""
     parts = [f"{progress.answered}/{progress.total} answered", f"{progress.failed} failed"]
     if progress.tasks_per_s is not None:
         parts.append(f"{progress.tasks_per_s:.1f} tasks/s")
     if progress.eta_s is not None and progress.pending:
         parts.append(f"ETA {render_duration(progress.eta_s)}")
-    if progress.status in ("queued", "cancelled"):
-        parts.insert(0, progress.status)
-    parts += [
-        f"{count} {'key' if count == 1 else 'keys'} {state}" for state, count in (resting or {}).items()
-    ]
     return ", ".join(parts)
 
 

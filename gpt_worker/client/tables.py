@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gpt_worker.client.following import read_progress
-from gpt_worker.client.progress import render_plain
+from gpt_worker.client.following import is_over, read_progress
+from gpt_worker.client.progress import render_figures
 
 Json = dict[str, Any]
 
@@ -78,7 +78,7 @@ def render_job(job: Json) -> str:
     lines = [
         ("job", _cell(job["id"])),
         ("status", _cell(job["status"])),
-        ("progress", render_plain(read_progress(job))),
+        ("progress", render_figures(read_progress(job))),
         ("waiting", _waiting(waiting) if waiting else ""),
         ("run", _cell(job.get("run"))),
         ("model", _cell(job.get("model"))),
@@ -91,6 +91,16 @@ def render_job(job: Json) -> str:
         ("finished", _time(job.get("finished_at")) if job.get("finished_at") else ""),
     ]
     return "\n".join(f"{name:<9} {value}" for name, value in lines if value)
+
+
+def render_cancelled(job: Json) -> str:
+    """A job that was just told to end: how it ended, or what has landed of it so far and what may still."""
+    progress = read_progress(job)
+    said = f"Job {_cell(job['id'])} is {_cell(progress.status)}: "
+    if is_over(job):
+        return f"{said}{render_figures(progress)}."
+    more = f", and up to {progress.pending} more are in flight" if progress.pending else ""
+    return f"{said}{progress.answered}/{progress.total} answered so far{more}."
 
 
 def _waiting(waiting: Json) -> str:

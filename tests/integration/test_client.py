@@ -285,7 +285,8 @@ def test_partial_job_writes_what_there_is_and_says_so_by_its_status(
     assert list(told["results"].values()) == ["answer to: good", None]
     assert [error["code"] for error in told["errors"].values()] == ["bad_request"]
     assert (retried.status, waited.status, again.status) == (0, 0, 0)
-    assert "nothing to retry" in again.stderr
+    assert again.stderr == f"Job {job_id} has an answer to every task: nothing to retry.\n"
+    assert "has no such task: nothing to retry" in client.run("retry", job_id, "--code", "timeout").stderr
 
 
 def test_failed_job_has_a_status_of_its_own(client: Client, upstream: Upstream) -> None:
@@ -332,8 +333,10 @@ def test_cancelled_job_ends_with_failure(client: Client, upstream: Upstream) -> 
     waited = client.run("wait", job_id)
 
     assert cancelled.status == 0
-    assert f"Job {job_id} is cancelled" in cancelled.stderr
+    assert f"Job {job_id} is cancelled: 0/20 answered so far, and up to " in cancelled.stderr
     assert waited.status == 1
+    assert f"Job {job_id} cancelled: " in waited.stderr
+    assert "cancelled: cancelled" not in waited.stderr
 
 
 def test_jobs_and_keys_are_listed(client: Client, service: Service, upstream: Upstream) -> None:

@@ -20,7 +20,7 @@ from gpt_worker.client.progress import (
     render_plain,
 )
 from gpt_worker.client.server import Server
-from gpt_worker.client.tables import render_job, render_jobs, render_keys, render_table
+from gpt_worker.client.tables import render_cancelled, render_job, render_jobs, render_keys, render_table
 from tests.clock import FakeClock
 
 HALF = Progress("running", 20, 9, 1, 3.42, 2.9)
@@ -226,6 +226,24 @@ def test_jobs_and_keys_take_a_line_each() -> None:
     assert "2026-01-31 11:59:00" in jobs[1]
     assert ("3/8" in keys[1], "resting" in keys[1]) == (True, True)
     assert [len(render_jobs([]).splitlines()), len(render_keys([]).splitlines())] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("job", "text"),
+    [
+        (
+            {"counts": {"total": 20, "answered": 2, "failed": 14}},
+            "2/20 answered so far, and up to 4 more are in flight",
+        ),
+        ({"counts": {"total": 20, "answered": 2, "failed": 18}}, "2/20 answered so far"),
+        (
+            {"counts": {"total": 20, "answered": 2, "failed": 18}, "finished_at": "2026-01-31T12:00:00.000Z"},
+            "2/20 answered, 18 failed",
+        ),
+    ],
+)
+def test_cancelled_job_tells_what_may_still_land(job: dict[str, Any], text: str) -> None:
+    assert render_cancelled({**JOB, **job, "status": "cancelled"}) == f"Job 01a2 is cancelled: {text}."
 
 
 def test_job_is_told_in_lines_that_move_no_cursor() -> None:
