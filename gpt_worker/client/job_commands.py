@@ -5,6 +5,7 @@ What a command tells goes to standard output, progress and remarks to standard e
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -216,4 +217,8 @@ def jobs(limit: int, only: str | None, everyone: bool, as_json: bool) -> None:
 @json_option
 def keys(as_json: bool) -> None:
     """Show how each API key fares (admin)."""
-    tell(server_in_use().listed("/keys"), tables.render_keys, as_json=as_json)
+    server = server_in_use()
+    listed = server.listed("/keys")
+    # The keys of the embedded model look like any others: only the health page tells.
+    embedded = not as_json and server.ask("GET", "/healthz").get("embedded") is True
+    tell(listed, partial(tables.render_keys, embedded=embedded), as_json=as_json)

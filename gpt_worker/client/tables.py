@@ -21,6 +21,7 @@ KEY_COLUMNS = (
     "429S",
     "LAST ERROR",
 )
+EMBEDDED = "embedded"
 
 
 def render_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -50,9 +51,11 @@ def _job_row(job: Json) -> list[str]:
     ]
 
 
-def render_keys(keys: Sequence[Json]) -> str:
-    """A line for each API key."""
-    return render_table(KEY_COLUMNS, [_key_row(key) for key in keys])
+def render_keys(keys: Sequence[Json], *, embedded: bool = False) -> str:
+    """A line for each API key; those of an embedded model have no tail that anybody has set."""
+    return render_table(
+        KEY_COLUMNS, [_key_row({**key, "tail": EMBEDDED} if embedded else key) for key in keys]
+    )
 
 
 def _key_row(key: Json) -> list[str]:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from gpt_worker.client import job_commands
 from gpt_worker.client.credentials import Credentials
 from gpt_worker.client.errors import Broken, ClientError, NotLoggedIn
 from gpt_worker.client.following import Progress, RateMeter, is_over, read_events, read_progress
@@ -226,6 +228,25 @@ def test_jobs_and_keys_take_a_line_each() -> None:
     assert "2026-01-31 11:59:00" in jobs[1]
     assert ("3/8" in keys[1], "resting" in keys[1]) == (True, True)
     assert [len(render_jobs([]).splitlines()), len(render_keys([]).splitlines())] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("args", "embedded", "tail"),
+    [([], False, "key 0  abcd "), ([], True, "key 0  embedded "), (["--json"], True, '"tail": "abcd"')],
+)
+def test_keys_of_the_embedded_model_are_called_so_in_the_table(
+    monkeypatch: pytest.MonkeyPatch, args: list[str], embedded: bool, tail: str
+) -> None:
+    class Asked(Server):
+        def listed(self, *_: object, **__: object) -> list[dict[str, Any]]:
+            return [KEY]
+
+        def ask(self, method: str, path: str, **_: object) -> dict[str, Any]:
+            return {("GET", "/healthz"): {"embedded": embedded}}[method, path]
+
+    monkeypatch.setattr(job_commands, "server_in_use", lambda: Asked(Credentials("http://a.example")))
+
+    assert tail in CliRunner().invoke(job_commands.keys, args).output
 
 
 @pytest.mark.parametrize(
