@@ -40,10 +40,21 @@ DRIVE_SETTINGS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "azure": (("AZURE_CONTAINER", "AZURE_CONNECTION_STRING"), ()),
     "custom": (("DRIVE_URL",), ()),
 }
-BUCKET = (r"[A-Za-z0-9$][A-Za-z0-9._-]{1,221}", "must be a plain name, without a slash or an address")
 ONE_WORD = (r"[\x21-\x7e]{1,1000}", "has a character that does not belong there: copy it again")
 DRIVE_FORMS: Mapping[str, tuple[str, str]] = {
-    **dict.fromkeys(("S3_BUCKET", "GCS_BUCKET", "AZURE_CONTAINER"), BUCKET),
+    # Amazon's old buckets have longer names than its new ones, with capitals and underscores.
+    "S3_BUCKET": (
+        r"[A-Za-z0-9][A-Za-z0-9._-]{2,254}",
+        "must be a bucket's name: 3 to 255 letters, digits and . _ -, a letter or a digit first",
+    ),
+    "GCS_BUCKET": (
+        r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]",
+        "must be a bucket's name: 3 to 222 small letters, digits and . _ -, a letter or a digit first and last",
+    ),
+    "AZURE_CONTAINER": (
+        r"\$web|(?=.{3,63}\Z)[a-z0-9]+(-[a-z0-9]+)*",
+        "must be a container's name: 3 to 63 small letters, digits and single hyphens between them",
+    ),
     **dict.fromkeys(("S3_KEY", "S3_SECRET", "S3_REGION"), ONE_WORD),
     "AZURE_CONNECTION_STRING": (
         r"UseDevelopmentStorage=true|(?=.*(AccountName|BlobEndpoint)=)(\w+=[^;\s]+;)*\w+=[^;\s]+;?",
@@ -51,7 +62,7 @@ DRIVE_FORMS: Mapping[str, tuple[str, str]] = {
     ),
     "DRIVE_URL": (
         r"[a-z][a-z0-9+.-]*://\S*",
-        "must be an address that fsspec knows, such as sftp://user@host/folder",
+        "must be an address that fsspec knows: sftp://user@host/folder, or file:///srv/results for a directory",
     ),
 }
 # The extra of pyproject.toml that has the driver, by disk or by the scheme of DRIVE_URL.

@@ -217,6 +217,8 @@ def test_each_drive_takes_its_own_settings(
         (S3, {"S3_KEY": ""}, "S3_KEY"),
         (S3, {"S3_SECRET": ""}, "S3_SECRET"),
         (S3, {"S3_BUCKET": "s3://hunter2/jobs"}, "S3_BUCKET"),
+        (S3, {"S3_BUCKET": "hunter2/jobs"}, "S3_BUCKET"),
+        (S3, {"S3_BUCKET": "hunter2" * 40}, "S3_BUCKET"),
         (S3, {"S3_SECRET": "hunter2 secret"}, "S3_SECRET"),
         (S3, {"S3_ENDPOINT": "hunter2.example.org"}, "S3_ENDPOINT"),
         (S3, {"S3_ENDPOINT": "https://me:hunter2@example.org"}, "S3_ENDPOINT"),
@@ -224,10 +226,15 @@ def test_each_drive_takes_its_own_settings(
         (S3, {"DRIVE_DISK": "local"}, "S3_BUCKET"),
         (S3, {"DRIVE_DISK": ""}, "S3_BUCKET"),
         (GCS, {"GCS_BUCKET": ""}, "GCS_BUCKET"),
+        (GCS, {"GCS_BUCKET": "Hunter2"}, "GCS_BUCKET"),
+        (GCS, {"GCS_BUCKET": "hunter2-"}, "GCS_BUCKET"),
         (GCS, {"GCS_KEY_FILENAME": ""}, "GCS_KEY_FILENAME"),
         (GCS, {"GCS_KEY_FILENAME": "~no-such-user/hunter2"}, "GCS_KEY_FILENAME"),
         (GCS, {"GCS_ENDPOINT": "hunter2"}, "GCS_ENDPOINT"),
         (AZURE, {"AZURE_CONTAINER": ""}, "AZURE_CONTAINER"),
+        (AZURE, {"AZURE_CONTAINER": "hunter2_jobs"}, "AZURE_CONTAINER"),
+        (AZURE, {"AZURE_CONTAINER": "hunter2--jobs"}, "AZURE_CONTAINER"),
+        (AZURE, {"AZURE_CONTAINER": "hunter2" * 10}, "AZURE_CONTAINER"),
         (AZURE, {"AZURE_CONNECTION_STRING": ""}, "AZURE_CONNECTION_STRING"),
         (AZURE, {"AZURE_CONNECTION_STRING": "hunter2"}, "AZURE_CONNECTION_STRING"),
         (AZURE, {"AZURE_CONNECTION_STRING": "AccountKey=hunter2"}, "AZURE_CONNECTION_STRING"),
@@ -246,6 +253,45 @@ def test_drive_settings_that_do_not_go_together_are_named(
     assert message.startswith(key)
     assert "\n" not in message
     assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    ("drive", "name", "words"),
+    [
+        (S3, "S3_BUCKET", "3 to 255 letters, digits and . _ -, a letter or a digit first"),
+        (GCS, "GCS_BUCKET", "3 to 222 small letters, digits and . _ -, a letter or a digit first and last"),
+        (AZURE, "AZURE_CONTAINER", "3 to 63 small letters, digits and single hyphens between them"),
+    ],
+)
+def test_a_name_that_is_too_short_is_refused_with_the_rule(
+    env: dict[str, str], tmp_path: Path, drive: dict[str, str], name: str, words: str
+) -> None:
+    assert words in refusal({**env, **drive, name: "b"}, tmp_path)
+    assert words in refusal({**env, **drive, name: "bb"}, tmp_path)
+    assert read({**env, **drive, name: "b-1"}, tmp_path).drive.values[name] == "b-1"
+
+
+@pytest.mark.parametrize(
+    ("drive", "name", "value"),
+    [
+        (S3, "S3_BUCKET", "Old_Bucket.of-Ours"),
+        (GCS, "GCS_BUCKET", "results_1.example.org"),
+        (AZURE, "AZURE_CONTAINER", "$web"),
+        (AZURE, "AZURE_CONTAINER", "a" * 63),
+    ],
+)
+def test_a_name_that_its_store_takes_is_taken(
+    env: dict[str, str], tmp_path: Path, drive: dict[str, str], name: str, value: str
+) -> None:
+    assert read({**env, **drive, name: value}, tmp_path).drive.values[name] == value
+
+
+def test_a_path_in_the_place_of_a_url_is_refused_with_the_form_of_one(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    assert "file:///srv/results for a directory" in refusal(
+        {**env, **CUSTOM, "DRIVE_URL": "/tmp/x"}, tmp_path
+    )
 
 
 @pytest.mark.parametrize(
