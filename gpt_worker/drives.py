@@ -14,22 +14,29 @@ import secrets
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from config import DriveSettings, Settings, SettingsError
 from gpt_worker.addresses import is_loopback
 
+T = TypeVar("T")
+
 PIECE_BYTES = 1 << 20
+# Small, as a reader waits for it: a slow line is not a drive that fails.
+FIRST_PIECE_BYTES = 64 << 10
 LOCAL_PIECE_BYTES = 64 << 10
 CONNECT_S = 10.0
 ANSWER_S = 20.0  # for one small thing: a probe, a piece, a deletion
 SLOWEST_BYTES_PER_S = 64 << 10  # of an upload, beyond ANSWER_S
 PART_BYTES = 8 << 20  # of an upload in parts, which is what it takes of memory; 10,000 parts are 80 GB
+# At a time, those that hang included, of a driver that is not asynchronous.
+MAX_CALLS = 16
 RESERVE_BYTES = 200 << 20  # of the local disk: less than that is left to the database
 LOOK_BYTES = 16 << 20  # between two looks at what is left
 NEW = ".new"  # the file that is being made, which nobody reads
@@ -116,8 +123,34 @@ def check_settings(settings: Settings) -> None:
 
 def hint(drive: DriveSettings) -> str:
     """Where to look when the drive fails."""
+    if drive.scheme and drive.extra is not None:
+        return "look at DRIVE_URL and at this machine's credentials"
     names = [name for name in drive.values if name != "S3_REGION"]
     return f"look at {', '.join(names)}" if names else ""
+
+
+def address_for_people(drive: DriveSettings) -> str:
+    """`host:port` of the server that the settings name, and nothing of a user or a path; empty if they name none."""
+    values = drive.values
+    match drive.disk:
+        case "azure":
+            url = blob_endpoint(values["AZURE_CONNECTION_STRING"])
+        case "custom":
+            # What stands there for an object store is a bucket.
+            url = "" if drive.scheme in OBJECT_STORES else values["DRIVE_URL"]
+        case _:
+            url = values.get("S3_ENDPOINT", values.get("GCS_ENDPOINT", ""))
+    return _host_and_port(url)
+
+
+def _host_and_port(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return ""
+    host = f"[{host}]" if ":" in host else host
+    return f"{host}:{port}" if host and port is not None else host
 
 
 def _check_local_url(url: str) -> None:
@@ -180,50 +213,204 @@ def blob_endpoint(connection_string: str) -> str:
 
 
 REFUSED = "it refuses access"
-NOT_THERE = "its place is not there"
-STATUSES = {401: REFUSED, 403: REFUSED, 404: NOT_THERE}
+CREDENTIALS = "it does not accept the credentials"
+NO_CREDENTIALS = "this machine has no credentials for it"
+SLOW = "it does not answer in time"
+SILENT = "nothing answers at its address"
+STATUSES = {401: CREDENTIALS, 403: REFUSED, 530: CREDENTIALS}
+NOT_UNDERSTOOD = frozenset((*range(200, 300), 405, 501))  # of what is not a store of objects at all
+# What the place of files is called there, and what is spoken, by the driver's extra.
+STORES = {
+    "s3": ("bucket", "S3"),
+    "google-cloud": ("bucket", "Google Cloud Storage"),
+    "azure": ("container", "Azure Blob Storage"),
+}
+# By the names of classes, as the drivers that they come from need not be installed. A cause says more than what it led
+# to, so an earlier line counts wherever in the chain of causes it is met.
+BY_CLASS: tuple[tuple[frozenset[str], str], ...] = (
+    (
+        frozenset({"SSLCertVerificationError", "ClientConnectorCertificateError"}),
+        "its TLS certificate can't be verified",
+    ),
+    (frozenset({"SSLError"}), "it does not speak TLS, which its https address asks for"),
+    (frozenset({"gaierror"}), "the host in its address is not known"),
+    (
+        frozenset(
+            {
+                "ConnectionRefusedError",
+                "EndpointConnectionError",
+                "ClientConnectorError",
+                "NewConnectionError",
+            }
+        ),
+        SILENT,
+    ),
+    (
+        frozenset(
+            {
+                "NoCredentialsError",
+                "PartialCredentialsError",
+                "CredentialRetrievalError",
+                "DefaultCredentialsError",
+                "CredentialUnavailableError",
+            }
+        ),
+        NO_CREDENTIALS,
+    ),
+    (frozenset({"RefreshError", "AuthenticationException"}), CREDENTIALS),
+    # Python's own, of which asyncio's and fsspec's are; botocore's, requests' and Azure's.
+    (
+        frozenset(
+            {
+                "TimeoutError",
+                "ConnectTimeoutError",
+                "ReadTimeoutError",
+                "Timeout",
+                "ServiceRequestTimeoutError",
+                "ServiceResponseTimeoutError",
+            }
+        ),
+        SLOW,
+    ),
+    (
+        frozenset(
+            {
+                "ConnectionResetError",
+                "ConnectionAbortedError",
+                "BrokenPipeError",
+                "ServerDisconnectedError",
+                "ConnectionClosedError",
+                "EOFError",
+            }
+        ),
+        "it breaks the connection off",
+    ),
+)
+# By the codes that S3 and Azure give their errors.
+BY_CODE: tuple[tuple[frozenset[str], str], ...] = (
+    (
+        frozenset(
+            {
+                "InvalidAccessKeyId",
+                "SignatureDoesNotMatch",
+                "InvalidToken",
+                "ExpiredToken",
+                "AuthenticationFailed",
+                "InvalidAuthenticationInfo",
+            }
+        ),
+        CREDENTIALS,
+    ),
+    (
+        frozenset(
+            {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
+        ),
+        "its bucket is in another region",
+    ),
+    (frozenset({"RequestTimeTooSkewed"}), "its clock and that of this machine differ"),
+)
+UNREADABLE = frozenset(
+    {"JSONDecodeError", "ResponseParserError"}
+)  # the answer is nothing that the driver knows
+FTP_REPLIES = frozenset({"error_perm", "error_temp"})
 
 
-def explain(error: BaseException) -> str:
-    """Why a drive failed, in a few words that hold nothing of a secret: no message of a driver is repeated."""
+def explain(error: BaseException, store: str | None = None) -> str:
+    """Why a drive failed, in a few words that hold nothing of a secret: no message of a driver is repeated.
+
+    `store` is the extra of its driver, if it is a store of objects.
+    """
+    if isinstance(error, DriveError):
+        return str(error)
+    causes = list(_causes(error))
+    classes = frozenset(kind.__name__ for cause in causes for kind in type(cause).__mro__)
+    return (
+        _first(BY_CODE, frozenset(code for cause in causes for code in _codes(cause)))
+        or _first(BY_CLASS, classes)
+        or _explain_status(causes, classes, store)
+        or _explain_kind(error, store)
+        or f"it fails with {type(error).__name__}"
+    )
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it."""
+    found: BaseException | None = error
+    seen: set[int] = set()
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
+def _first(table: Iterable[tuple[frozenset[str], str]], names: frozenset[str]) -> str | None:
+    return next((words for these, words in table if these & names), None)
+
+
+def _codes(error: BaseException) -> Iterator[str]:
+    """The codes that S3 and Azure put into their errors."""
+    response = getattr(error, "response", None)
+    said = response.get("Error") if isinstance(response, dict) else None
+    for code in (said.get("Code") if isinstance(said, dict) else None, getattr(error, "error_code", None)):
+        if isinstance(code, str):
+            # Azure's is a member of an enumeration, and a text.
+            yield str.__str__(code)
+
+
+def _explain_status(causes: list[BaseException], classes: frozenset[str], store: str | None) -> str | None:
+    """By the status of HTTP, or of FTP, in the error or in one that led to it."""
+    status = next((found for cause in causes for found in _statuses(cause)), None)
+    if store in STORES and (status in NOT_UNDERSTOOD or classes & UNREADABLE):
+        return f"what answers at its address does not speak {STORES[store][1]}"
+    if status == 404:
+        return _not_there(store)
+    return None if status is None else STATUSES.get(status, f"it answers {status}")
+
+
+def _statuses(error: BaseException) -> Iterator[int]:
+    response = getattr(error, "response", None)
+    told = response.get("ResponseMetadata") if isinstance(response, dict) else None
+    if isinstance(told, dict):
+        yield from (found for found in (told.get("HTTPStatusCode"),) if isinstance(found, int))
+    for name in ("status_code", "code", "status"):
+        status = getattr(error, name, None)
+        if isinstance(status, int):
+            yield status
+    if type(error).__name__ in FTP_REPLIES and str(error)[:3].isdecimal():
+        yield int(str(error)[:3])
+
+
+def _explain_kind(error: BaseException, store: str | None) -> str | None:
+    """By Python's own errors; the words are the system's, as drivers put theirs into `strerror`."""
     match error:
-        case DriveError():
-            return str(error)
-        case TimeoutError():  # asyncio's and fsspec's are of this kind
-            return "it does not answer in time"
         case PermissionError():
             return REFUSED
         case FileNotFoundError() | NotADirectoryError():
-            return NOT_THERE
+            return _not_there(store)
         case OSError(errno=errno.ENOSPC | errno.EDQUOT):
             return "it is full"
-        case OSError() if error.strerror:
-            return error.strerror
+        case OSError(errno=int(number)):
+            return os.strerror(number)
         case OSError() if str(error).startswith("Forbidden"):  # gcsfs tells a 403 in words alone
             return REFUSED
-    return _explain_status(error) or f"it fails with {type(error).__name__}"
-
-
-def _explain_status(error: BaseException) -> str | None:
-    """By the HTTP status that Azure's and Google's errors carry."""
-    for name in ("status_code", "code"):
-        status = getattr(error, name, None)
-        if isinstance(status, int):
-            return STATUSES.get(status, f"it answers {status}")
     return None
 
 
+def _not_there(store: str | None) -> str:
+    return f"there is no such {STORES[store][0]}" if store in STORES else "its place is not there"
+
+
 @contextmanager
-def _translated() -> Iterator[None]:
+def _translated(store: str | None = None) -> Iterator[None]:
     try:
         yield
     except DriveError:
         raise
     except Exception as error:  # drivers raise what they like
-        raise DriveError(explain(error)) from error
+        raise DriveError(explain(error, store)) from error
 
 
-def _primed(pieces: Generator[bytes, None, None]) -> Iterator[bytes]:
+def _primed(pieces: Generator[bytes, None, None], store: str | None = None) -> Iterator[bytes]:
     """The same pieces; the first one is fetched now, so that its error is the caller's."""
     first = next(pieces)
 
@@ -233,9 +420,51 @@ def _primed(pieces: Generator[bytes, None, None]) -> Iterator[bytes]:
             try:
                 yield from pieces
             except Exception as error:
-                raise DriveError(explain(error)) from None  # it goes to the log with its traceback
+                raise DriveError(explain(error, store)) from None  # it goes to the log with its traceback
 
     return rest()
+
+
+# What may hang
+
+
+class Aside:
+    """Steps that may hang, each in a daemon thread of its own, which holds up no end of the process.
+
+    There are no more than `at_most` of them, those left behind included.
+    """
+
+    def __init__(self, at_most: int) -> None:
+        self._free = threading.BoundedSemaphore(at_most)
+
+    def within(self, seconds: float, step: Callable[[], T]) -> T:
+        """What the step returns or raises; TimeoutError when it takes too long, and it is left behind or not begun."""
+        deadline_s = time.monotonic() + seconds
+        if not self._free.acquire(timeout=seconds):
+            raise TimeoutError
+        outcome: list[T] = []
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                outcome.append(step())
+            except BaseException as error:
+                failure.append(error)
+            finally:
+                self._free.release()
+
+        thread = threading.Thread(target=run, name="drive call", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._free.release()
+            raise
+        thread.join(max(0.0, deadline_s - time.monotonic()))
+        if failure:
+            raise failure[0]
+        if not outcome:
+            raise TimeoutError
+        return outcome[0]
 
 
 # This machine
@@ -356,6 +585,7 @@ class _Opened:
 
     filesystem: Any
     root: str
+    aside: Aside
     # Of a driver that is not made for many threads.
     turn: threading.Lock = field(default_factory=threading.Lock)
 
@@ -377,8 +607,10 @@ class RemoteDrive:
     """
 
     def __init__(self, settings: DriveSettings, staging: Path) -> None:
-        self.name = settings.disk
+        address = address_for_people(settings)
+        self.name = f"{settings.disk} at {address}" if address else settings.disk
         self._settings = settings
+        self._aside = Aside(MAX_CALLS)
         self._new = staging / NEW
         self._probe = f"jobs/.probe-{secrets.token_hex(8)}"
         self._lock = threading.Lock()
@@ -421,12 +653,12 @@ class RemoteDrive:
 
     def read(self, name: str, size_bytes: int) -> Iterator[bytes]:
         with self._translated():
-            return _primed(self._pieces(name, size_bytes))
+            return _primed(self._pieces(name, size_bytes), self._settings.extra)
 
     def _pieces(self, name: str, size_bytes: int) -> Generator[bytes, None, None]:
         opened = self._open()
-        for start in range(0, size_bytes, PIECE_BYTES):
-            end = min(size_bytes, start + PIECE_BYTES)
+        for start in (0, *range(FIRST_PIECE_BYTES, size_bytes, PIECE_BYTES)):
+            end = min(size_bytes, start + (PIECE_BYTES if start else FIRST_PIECE_BYTES))
             try:
                 piece: bytes = _call(opened, "cat_file", f"{opened.root}/{name}", start=start, end=end)
             except FileNotFoundError as error:
@@ -456,7 +688,7 @@ class RemoteDrive:
             raise TimeoutError
         try:
             if self._opened is None:
-                self._opened = _open_filesystem(self._settings)
+                self._opened = _open_filesystem(self._settings, self._aside)
             return self._opened
         finally:
             self._lock.release()
@@ -465,7 +697,7 @@ class RemoteDrive:
     def _translated(self) -> Iterator[None]:
         """As `_translated`; what has failed is opened anew, as it may be a connection that broke."""
         try:
-            with _translated():
+            with _translated(self._settings.extra):
                 yield
         except NoFile:
             raise
@@ -492,32 +724,23 @@ def _call(opened: _Opened, method: str, *args: Any, within_s: float = ANSWER_S, 
         from fsspec.asyn import sync
 
         return sync(filesystem.loop, coroutine, *args, timeout=within_s, **options)
-    return _within(within_s, opened.turn, lambda: getattr(filesystem, method)(*args, **options))
 
+    deadline_s = time.monotonic() + within_s
 
-def _within(seconds: float, turn: threading.Lock, step: Callable[[], Any]) -> Any:
-    """What a step returns or raises; TimeoutError, and it is left behind, when it takes too long."""
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
-
-    def run() -> None:
+    def in_turn() -> Any:
+        if not opened.turn.acquire(timeout=max(0.0, deadline_s - time.monotonic())):
+            raise TimeoutError
         try:
-            with turn:
-                outcome.append(step())
-        except BaseException as error:
-            failure.append(error)
+            if time.monotonic() > deadline_s:  # nobody waits for it any more
+                raise TimeoutError
+            return getattr(filesystem, method)(*args, **options)
+        finally:
+            opened.turn.release()
 
-    thread = threading.Thread(target=run, name="drive call", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not outcome:
-        raise TimeoutError
-    return outcome[0]
+    return opened.aside.within(within_s, in_turn)
 
 
-def _open_filesystem(settings: DriveSettings) -> _Opened:
+def _open_filesystem(settings: DriveSettings, aside: Aside) -> _Opened:
     for name in DRIVER_LOGGERS:  # they tell every failure once more, with a traceback
         logging.getLogger(name).setLevel(logging.CRITICAL)
     if settings.extra == "google-cloud":
@@ -527,7 +750,7 @@ def _open_filesystem(settings: DriveSettings) -> _Opened:
 
     url, options = address_of(settings)
     filesystem, root = url_to_fs(url, skip_instance_cache=True, use_listings_cache=False, **options)
-    return _Opened(filesystem, root.rstrip("/"))
+    return _Opened(filesystem, root.rstrip("/"), aside)
 
 
 def address_of(settings: DriveSettings) -> tuple[str, dict[str, Any]]:

@@ -31,6 +31,21 @@ def pack(pieces: Iterable[bytes]) -> Iterator[bytes]:
     yield packer.flush()
 
 
+def verified(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """One member as it is; its last piece only once all of it is known to be sound. Raises zlib.error if it is not."""
+    member = new_member()
+    held = b""
+    for piece in pieces:
+        if held:
+            yield held
+        for _ in inflate(member, piece, PIECE_BYTES):
+            pass
+        held = piece
+    if not member.eof:
+        raise zlib.error("the file ends too early")
+    yield held
+
+
 def unpack(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """What is in one member, whatever its pieces. Raises zlib.error if it is damaged, or ends too early."""
     member = new_member()

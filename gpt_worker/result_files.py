@@ -2,7 +2,8 @@
 
 The recorder stores a row in the commit that ends a run and calls `wake()`. One thread takes the owed rows in pages,
 writes or deletes their files and notes a page in one commit; what fails goes again, for ever. Nobody waits for it:
-without a file, results come from the database. Where files live is the business of `drives.py`.
+without a file, or where the drive does not give one soon, results come from the database. Where files live is the
+business of `drives.py`.
 """
 
 import gzip
@@ -10,10 +11,12 @@ import hashlib
 import logging
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import chain
 from typing import IO
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -23,8 +26,9 @@ from gpt_worker import rendering
 from gpt_worker.backoff import drive_wait_s
 from gpt_worker.db import Database, log_failure, trouble_of
 from gpt_worker.domain import FileState, utc_now
-from gpt_worker.drives import Drive, DriveError, NoFile
-from gpt_worker.errors import NotFound
+from gpt_worker.drives import Aside, Drive, DriveError, NoFile
+from gpt_worker.errors import NotFound, Unavailable
+from gpt_worker.gzip_members import LEVEL, unpack, verified
 from gpt_worker.models import JobRow
 from gpt_worker.store import result_files as store
 from gpt_worker.store.result_files import OwedFile
@@ -35,26 +39,28 @@ PAGE_FILES = 50  # of one commit, which waits for no more than COMMIT_EVERY_S an
 COMMIT_EVERY_S = 1.0
 SETTLE_S = 0.25  # after a job's end: its reply and its webhook go first, and small jobs make one page
 BREATH = 0.5  # of the time that a page of results took: the processor is not ours alone
-GZIP_LEVEL = 4
+OPEN_S = 2.0  # for a file to give its first piece to a reader; then the database answers
+MAX_OPENING = 16  # files at a time, those left behind included
 LONGEST_CHECK_WAIT_S = 60.0  # of a drive that fails
 LONGEST_SLEEP_S = 60.0
 DATABASE_PAUSE_S = 5.0
 STOP_WAIT_S = 0.5
+RETRY_AFTER_S = 1.0
 
 Note = Callable[[Session, datetime], None]
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResults:
-    """The lines of a finished run as they lie on the drive: gzip, in pieces."""
+    """The lines of a finished run from the drive, in pieces: gzip, as they lie there, or unpacked."""
 
     pieces: Iterator[bytes]
-    size_bytes: int
+    size_bytes: int | None  # None where they are unpacked
 
 
 def _packer(file: IO[bytes]) -> gzip.GzipFile:
     """Packs what is written to it; the same lines give the same file."""
-    return gzip.GzipFile(filename="", mode="wb", compresslevel=GZIP_LEVEL, fileobj=file, mtime=0)
+    return gzip.GzipFile(filename="", mode="wb", compresslevel=LEVEL, fileobj=file, mtime=0)
 
 
 class _Stopped(Exception):
@@ -78,7 +84,9 @@ class ResultFiles:
         self._clock = clock
         self._stopping = threading.Event()
         self._woken = threading.Event()
-        self._in_doubt = True  # whether the drive is to be looked at before it is used
+        # Whether the drive is to be looked at before it is used; no reader asks it until that is done.
+        self._in_doubt = True
+        self._opening = Aside(MAX_OPENING)
         self._checks_failed = 0
         self._database_failed = False
         self._thread = threading.Thread(target=self._run, name="result files", daemon=True)
@@ -103,27 +111,43 @@ class ResultFiles:
 
     # For the HTTP face
 
-    def find(self, job: JobRow) -> StoredResults | None:
+    def find(self, job: JobRow, *, unpacked: bool = False) -> StoredResults | None:
         """The file of the run that the job has finished; None where the database must do."""
-        if job.finished_at is None or self.trouble is not None:
+        if job.finished_at is None or self._in_doubt or self.trouble is not None:
             return None
         with self._database.read() as session:
             row = store.find_written(session, job.id, job.run)
         if row is None or row.size_bytes is None:
             return None
+        name, size_bytes = file_name(job.id, job.run), row.size_bytes
         try:
-            return StoredResults(self._drive.read(file_name(job.id, job.run), row.size_bytes), row.size_bytes)
-        except NoFile as error:
-            log.warning(
-                "a file of results is written again: %s", error, extra={"action": "drive", "job_id": job.id}
-            )
-            # Where that fails, the next reader sees to it.
-            with suppress(SQLAlchemyError), self._database.write() as session:
-                store.write_again(session, job.id, job.run, self._clock())
-        except DriveError:
+            pieces = self._opening.within(OPEN_S, lambda: self._drive.read(name, size_bytes))
+            sound = unpack(pieces) if unpacked else verified(pieces)
+            first = next(sound, b"")
+            rest = self._unless_damaged(job, sound)
+            return StoredResults(chain([first], rest), None if unpacked else size_bytes)
+        except (NoFile, zlib.error) as error:
+            self._write_again(job, error)
+        except (DriveError, TimeoutError):
             self._in_doubt = True
         self.wake()
         return None
+
+    def _unless_damaged(self, job: JobRow, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The same pieces. Raises Unavailable for a damaged file, of which the next reader gets nothing."""
+        try:
+            yield from pieces
+        except zlib.error as error:
+            self._write_again(job, error)
+            self.wake()
+            raise Unavailable("a file of results is damaged, and written again", RETRY_AFTER_S) from error
+
+    def _write_again(self, job: JobRow, error: Exception) -> None:
+        facts = {"action": "drive", "job_id": job.id}
+        log.warning("a file of results is written again: %s", error, extra=facts)
+        # Where that fails, the next reader sees to it.
+        with suppress(SQLAlchemyError), self._database.write() as session:
+            store.write_again(session, job.id, job.run, self._clock())
 
     # The thread
 

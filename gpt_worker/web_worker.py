@@ -44,7 +44,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 from config import Settings, SettingsError
 from gpt_worker.drives import check_settings
-from gpt_worker.errors import NotFound, StartGivenUp
+from gpt_worker.errors import GptWorkerError, StartGivenUp
 from gpt_worker.ownership import InUse, Ownership, check_database
 from gpt_worker.places import SMALL_BODY_BYTES, SPARE_THREADS, WEB_THREADS
 
@@ -896,7 +896,7 @@ class ServerLogger(Logger):  # type: ignore[misc]  # gunicorn has no types
 
     def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
         error = sys.exception()
-        if isinstance(error, NotFound):  # a reply that was cut off, as what it tells of is gone
+        if isinstance(error, GptWorkerError):  # as what it tells of is gone, say
             self.info("A reply was cut off: %s.", error)
         else:
             super().exception(msg, *args, **kwargs)

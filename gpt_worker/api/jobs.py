@@ -24,7 +24,7 @@ from gpt_worker.api.upload_query import UploadQuery
 from gpt_worker.api.uploads import Received, receive
 from gpt_worker.domain import DeliveryMode, JobStatus, utc_now
 from gpt_worker.errors import Forbidden, Invalid, Unavailable
-from gpt_worker.gzip_members import pack, unpack
+from gpt_worker.gzip_members import pack
 from gpt_worker.jobs import Idempotency, JobRequest, StillAdmitted
 from gpt_worker.models import JobRow
 from gpt_worker.packing import plan
@@ -206,17 +206,18 @@ def get_results(path: schemas.IdPath, query: shapes.ResultsQuery) -> Response:
     takes_gzip = request.accept_encodings.quality("gzip") > 0
     with ExitStack() as until_sent:
         hold_place(until_sent)
-        stored = parts.result_files.find(job) if query.format == "jsonl" else None
+        stored = None
+        if query.format == "jsonl":
+            stored = parts.result_files.find(job, unpacked=not takes_gzip)
         if stored is None:
             rendered = render(parts.database, job.id)
             first = next(rendered, b"")  # here: what is wrong from the first can still be told
             pieces = stream_with_context(chain([first], rendered))
             reply = Response(pack(pieces) if takes_gzip else pieces, content_type=mimetype)
-        elif takes_gzip:
-            reply = Response(stored.pieces, content_type=mimetype)
-            reply.content_length = stored.size_bytes
         else:
-            reply = Response(unpack(stored.pieces), content_type=mimetype)
+            reply = Response(stored.pieces, content_type=mimetype)
+            if stored.size_bytes is not None:
+                reply.content_length = stored.size_bytes
         reply.call_on_close(until_sent.pop_all().close)
     if takes_gzip:
         reply.headers["Content-Encoding"] = "gzip"

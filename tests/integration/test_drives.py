@@ -26,7 +26,7 @@ from gpt_worker.drives import address_of
 from tests import emulators
 from tests.receiver import Receiver, verified
 from tests.servers import query
-from tests.service import ROOT, Service
+from tests.service import ROOT, Service, free_port
 from tests.upstream import Fault, FaultKind, Upstream
 
 Start = Callable[..., tuple[Service, Upstream]]
@@ -238,7 +238,8 @@ def test_a_bucket_that_is_missing_is_told_and_used_once_it_is_there(start: Start
     with EMULATORS[name]() as url:
         disk = cloud(name, url, "missing-one")
         service, _ = start(env=disk.env)
-        service.wait_until(lambda: degraded(service) == ["drive: its place is not there"])
+        kind = "container" if name == "azure" else "bucket"
+        service.wait_until(lambda: degraded(service) == [f"drive: there is no such {kind}"])
         job_id = service.submit({"a": "one"}).json()["id"]
         assert service.get(f"/jobs/{job_id}/results?format=jsonl", service.admin).status_code == 200
         assert len(warnings(service)) == 1
@@ -297,6 +298,36 @@ def test_a_drive_that_hangs_holds_up_neither_jobs_nor_the_shutdown(start: Start)
 
         assert_nobody_waits(service)
     assert "hunter2hunter2" not in service.stderr()
+
+
+def test_no_reader_waits_for_a_drive_that_accepts_and_never_answers(start: Start) -> None:
+    service, _ = start()
+    job_id = service.submit({"a": "one"}).json()["id"]
+    wait_written(service, 1)
+    assert service.terminate() == 0
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"ftp://127.0.0.1:{silent.getsockname()[1]}/results"
+        service.change_env({"DRIVE_DISK": "custom", "DRIVE_URL": url})
+        service.start()
+        began_s = time.monotonic()
+
+        reply = service.get(f"/jobs/{job_id}/results?format=jsonl", service.admin)
+
+        assert time.monotonic() - began_s < 5
+        assert json.loads(reply.text)["result"] == "answer to: one"
+
+
+def test_a_drive_where_nothing_answers_is_told_by_its_address_in_the_log_alone(start: Start) -> None:
+    port = free_port()
+    url = f"ftp://me:hunter2hunter2@127.0.0.1:{port}/hunter2?hunter2"
+    service, _ = start(env={"DRIVE_DISK": "custom", "DRIVE_URL": url})
+
+    service.wait_until(lambda: degraded(service) == ["drive: nothing answers at its address"])
+
+    (said,) = warnings(service)
+    assert f"the drive (custom at 127.0.0.1:{port}) can't be used: nothing answers at its address" in said
+    assert "(look at DRIVE_URL)" in said
+    assert "hunter2" not in service.stderr()
 
 
 # The local drive
@@ -391,7 +422,8 @@ def test_the_link_gives_the_file_and_the_database_when_that_is_lost(start: Start
         text = service.get(f"/jobs/{job_id}/results?format=jsonl", service.admin).text
         return json.loads(text)["result"]
 
-    assert result() == "answer to: one"
+    # Until the drive has answered, the database does.
+    service.wait_until(lambda: result() == "answer to: one")
     next(drive_of(service).rglob("results-1.jsonl.gz")).unlink()
     assert result() == "of the database"
     service.wait_until(lambda: bool(list(drive_of(service).rglob("results-1.jsonl.gz"))))

@@ -1,8 +1,12 @@
 """Drives: a file is there whole or not at all, and what goes wrong is told in words without a secret."""
 
 import errno
+import ftplib
+import socket
+import ssl
 import stat
 import threading
+import time
 from collections.abc import Generator
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +17,13 @@ import pytest
 from config import DriveSettings, Settings, SettingsError
 from gpt_worker import drives
 from gpt_worker.drives import (
+    Aside,
     Drive,
     DriveError,
     LocalDrive,
     NoFile,
     RemoteDrive,
+    address_for_people,
     address_of,
     check_settings,
     explain,
@@ -239,9 +245,77 @@ def test_a_call_that_hangs_is_left_behind() -> None:
     over = threading.Event()
 
     with pytest.raises(TimeoutError):
-        drives._within(0.05, threading.Lock(), over.wait)
+        Aside(1).within(0.05, over.wait)
 
     over.set()
+
+
+def test_calls_that_hang_are_bounded_in_number_and_hold_up_no_end_of_the_process() -> None:
+    over = threading.Event()
+    begun: list[threading.Thread] = []
+    aside = Aside(2)
+
+    def hang() -> None:
+        begun.append(threading.current_thread())
+        over.wait(30)
+
+    for _ in range(4):
+        with pytest.raises(TimeoutError):
+            aside.within(0.05, hang)
+
+    assert [thread.daemon for thread in begun] == [True, True]
+    over.set()
+    for thread in begun:
+        thread.join(10)
+    assert aside.within(1, lambda: "free again") == "free again"
+
+
+def test_a_call_that_nobody_waits_for_any_more_is_not_begun(tmp_path: Path) -> None:
+    drive = remote(tmp_path)
+    opened = drive._open()
+    begun = threading.Event()
+    opened.filesystem.begin = begun.set
+
+    with opened.turn, pytest.raises(TimeoutError):
+        drives._call(opened, "begin", within_s=0.05)
+
+    assert not begun.wait(0.2)
+
+
+def test_a_drive_that_stalls_in_the_middle_of_a_file_cuts_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drive = remote(tmp_path)
+    size_bytes = put(drive, b"x" * 300_000)
+    filesystem, over = drive._open().filesystem, threading.Event()
+    cat_file = filesystem.cat_file
+
+    def stall(path: str, *, start: int, end: int) -> bytes:
+        if start:
+            over.wait(30)
+        piece: bytes = cat_file(path, start=start, end=end)
+        return piece
+
+    monkeypatch.setattr(filesystem, "cat_file", stall)
+    monkeypatch.setattr(drives._call, "__kwdefaults__", {"within_s": 0.2})
+    pieces = drive.read(NAME, size_bytes)
+    assert next(pieces)
+    began_s = time.monotonic()
+
+    with pytest.raises(DriveError, match="it does not answer in time"):
+        next(pieces)
+
+    assert time.monotonic() - began_s < 5
+    over.set()
+
+
+def test_the_first_piece_is_small_as_a_reader_waits_for_it(tmp_path: Path) -> None:
+    drive = remote(tmp_path)
+    size_bytes = put(drive, bytes(range(256)) * 10_000)
+
+    sizes = [len(piece) for piece in drive.read(NAME, size_bytes)]
+
+    assert sizes == [64 << 10, 1 << 20, 1 << 20, size_bytes - (2 << 20) - (64 << 10)]
 
 
 def test_a_connection_that_broke_is_opened_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,9 +323,9 @@ def test_a_connection_that_broke_is_opened_anew(tmp_path: Path, monkeypatch: pyt
     open_filesystem = drives._open_filesystem
     broken = [ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")]
 
-    def open_one(settings: DriveSettings) -> Any:
+    def open_one(settings: DriveSettings, aside: Aside) -> Any:
         opened.append(settings.disk)
-        found = open_filesystem(settings)
+        found = open_filesystem(settings, aside)
         if broken:
             error = broken.pop()
             monkeypatch.setattr(found.filesystem, "makedirs", lambda *_a, **_k: (_ for _ in ()).throw(error))
@@ -260,7 +334,7 @@ def test_a_connection_that_broke_is_opened_anew(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(drives, "_open_filesystem", open_one)
     drive = remote(tmp_path)
 
-    with pytest.raises(DriveError, match="Connection reset by peer"):
+    with pytest.raises(DriveError, match="it breaks the connection off"):
         put(drive, b"one")
     put(drive, b"one")
 
@@ -275,26 +349,143 @@ class HttpError(Exception):
         vars(self).update(facts)
 
 
+def named(name: str, *bases: type[Exception]) -> Exception:
+    """An error of a driver that need not be installed."""
+    made: Exception = type(name, bases or (Exception,), {})("hunter2")
+    return made
+
+
+def boto(code: str, status: int) -> Exception:
+    """As botocore raises what S3 answers."""
+    return HttpError(
+        response={
+            "Error": {"Code": code, "Message": "hunter2"},
+            "ResponseMetadata": {"HTTPStatusCode": status},
+        }
+    )
+
+
+def after(error: Exception, *causes: Exception) -> Exception:
+    """The error that these led to, the nearest first."""
+    last = error
+    for cause in causes:
+        last.__cause__, last = cause, cause
+    return error
+
+
+REFUSAL = ConnectionRefusedError(errno.ECONNREFUSED, "Connect call failed hunter2")
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
         (TimeoutError(), "it does not answer in time"),
+        (named("ReadTimeoutError"), "it does not answer in time"),
         (PermissionError(errno.EACCES, "hunter2"), "it refuses access"),
         (OSError("Forbidden: hunter2"), "it refuses access"),
         (FileNotFoundError("hunter2"), "its place is not there"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory"), "its place is not there"),
         (OSError(errno.ENOSPC, "No space left on device"), "it is full"),
-        (OSError(errno.EROFS, "Read-only file system"), "Read-only file system"),
+        (OSError(errno.EROFS, "hunter2"), "Read-only file system"),
         (HttpError(status_code=403), "it refuses access"),
-        (HttpError(code=401), "it refuses access"),
+        (HttpError(code=401), "it does not accept the credentials"),
         (HttpError(status_code=404), "its place is not there"),
+        (HttpError(status_code=501), "it answers 501"),
         (HttpError(status_code=None, code=503), "it answers 503"),
         (HttpError(code="AccountIsDisabled"), "it fails with HttpError"),
         (ValueError("hunter2"), "it fails with ValueError"),
+        (REFUSAL, "nothing answers at its address"),
+        (after(named("EndpointConnectionError"), REFUSAL), "nothing answers at its address"),
+        (
+            after(TimeoutError(), named("ServiceRequestError"), REFUSAL),
+            "nothing answers at its address",
+        ),
+        (
+            after(named("EndpointConnectionError"), socket.gaierror(socket.EAI_NONAME, "hunter2")),
+            "the host in its address is not known",
+        ),
+        (
+            after(named("SSLError"), ssl.SSLError(1, "hunter2")),
+            "it does not speak TLS, which its https address asks for",
+        ),
+        (
+            after(named("SSLError"), ssl.SSLCertVerificationError(1, "hunter2")),
+            "its TLS certificate can't be verified",
+        ),
+        (named("NoCredentialsError"), "this machine has no credentials for it"),
+        (named("DefaultCredentialsError"), "this machine has no credentials for it"),
+        (named("RefreshError"), "it does not accept the credentials"),
+        (EOFError(), "it breaks the connection off"),
+        (ftplib.error_perm("530 hunter2"), "it does not accept the credentials"),
+        (ftplib.error_perm("550 hunter2"), "it answers 550"),
     ],
 )
 def test_what_goes_wrong_is_told_without_the_drivers_words(error: Exception, words: str) -> None:
     assert explain(error) == words
+
+
+@pytest.mark.parametrize(
+    ("store", "error", "words"),
+    [
+        ("s3", after(FileNotFoundError("hunter2"), boto("NoSuchBucket", 404)), "there is no such bucket"),
+        ("google-cloud", FileNotFoundError("hunter2"), "there is no such bucket"),
+        ("azure", HttpError(status_code=404), "there is no such container"),
+        ("s3", after(PermissionError("hunter2"), boto("AccessDenied", 403)), "it refuses access"),
+        (
+            "s3",
+            after(PermissionError("hunter2"), boto("InvalidAccessKeyId", 403)),
+            "it does not accept the credentials",
+        ),
+        (
+            "azure",
+            HttpError(error_code="AuthenticationFailed", status_code=403),
+            "it does not accept the credentials",
+        ),
+        (
+            "s3",
+            after(OSError(errno.EINVAL, "hunter2"), boto("AuthorizationHeaderMalformed", 400)),
+            "its bucket is in another region",
+        ),
+        (
+            "s3",
+            after(PermissionError("hunter2"), boto("RequestTimeTooSkewed", 403)),
+            "its clock and that of this machine differ",
+        ),
+        (
+            "s3",
+            after(OSError(errno.ENOSYS, "Not Implemented"), boto("501", 501)),
+            "what answers at its address does not speak S3",
+        ),
+        (
+            "s3",
+            after(PermissionError(errno.EPERM, "Method Not Allowed"), boto("405", 405)),
+            "what answers at its address does not speak S3",
+        ),
+        (
+            "google-cloud",
+            named("JSONDecodeError"),
+            "what answers at its address does not speak Google Cloud Storage",
+        ),
+        (
+            "azure",
+            HttpError(status_code=200),
+            "what answers at its address does not speak Azure Blob Storage",
+        ),
+        ("s3", after(OSError(errno.EBUSY, "hunter2"), boto("SlowDown", 503)), "it answers 503"),
+    ],
+)
+def test_what_a_store_of_objects_has_against_a_call_is_told_in_its_words(
+    store: str, error: Exception, words: str
+) -> None:
+    assert explain(error, store) == words
+
+
+def test_an_error_that_leads_back_to_itself_is_told_all_the_same() -> None:
+    error = ValueError("hunter2")
+    error.__context__ = KeyError()
+    error.__context__.__context__ = error
+
+    assert explain(error) == "it fails with ValueError"
 
 
 # Settings
@@ -356,6 +547,34 @@ def test_google_cloud_and_azure_are_opened_by_their_settings(tmp_path: Path) -> 
 def test_a_hint_names_settings_and_no_values(tmp_path: Path) -> None:
     assert hint(read(tmp_path).drive) == ""
     assert hint(read(tmp_path, **S3, S3_REGION="eu").drive) == "look at S3_BUCKET, S3_KEY, S3_SECRET"
+
+
+def test_a_hint_to_a_bucket_by_its_url_names_the_credentials_of_the_machine(tmp_path: Path) -> None:
+    drive = read(tmp_path, DRIVE_DISK="custom", DRIVE_URL="s3://bucket").drive
+
+    assert hint(drive) == "look at DRIVE_URL and at this machine's credentials"
+
+
+@pytest.mark.parametrize(
+    ("env", "address"),
+    [
+        (S3, ""),
+        ({**S3, **ENDPOINT}, "127.0.0.1:9000"),
+        ({**S3, "S3_ENDPOINT": "https://s3.example.org/hunter2"}, "s3.example.org"),
+        (AZURE, "127.0.0.1:10000"),
+        ({**AZURE, "AZURE_CONNECTION_STRING": "AccountName=me;AccountKey=hunter2"}, ""),
+        ({"DRIVE_DISK": "custom", "DRIVE_URL": "sftp://me:hunter2@[::1]:22/hunter2?hunter2"}, "[::1]:22"),
+        ({"DRIVE_DISK": "custom", "DRIVE_URL": "sftp://me:hunter2@host:hunter2/"}, ""),
+        ({"DRIVE_DISK": "custom", "DRIVE_URL": "s3://hunter2/results"}, ""),
+    ],
+)
+def test_the_log_names_the_server_and_nothing_else_of_its_address(
+    tmp_path: Path, env: dict[str, str], address: str
+) -> None:
+    drive = read(tmp_path, **env).drive
+
+    assert address_for_people(drive) == address
+    assert RemoteDrive(drive, tmp_path).name == (f"{drive.disk} at {address}" if address else drive.disk)
 
 
 def test_a_driver_that_is_not_installed_is_refused_with_the_command(

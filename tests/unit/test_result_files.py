@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ from sqlalchemy import event, select, update
 from gpt_worker import rendering, result_files
 from gpt_worker.backoff import drive_wait_s
 from gpt_worker.db import Database
-from gpt_worker.domain import FileState, JobStatus, utc_now
+from gpt_worker.domain import Answer, FileState, JobStatus, utc_now
 from gpt_worker.drives import DriveError, LocalDrive
+from gpt_worker.errors import Unavailable
 from gpt_worker.models import JobRow, ResultFileRow, TaskRow
 from gpt_worker.result_files import ResultFiles, file_name
 from gpt_worker.store import jobs as job_store
@@ -41,11 +43,19 @@ class Drive(LocalDrive):
         self.root = root
         self.failure: DriveError | None = None
         self.before_put: Callable[[], None] = lambda: None
+        self.before_check: Callable[[], None] = lambda: None
+        self.before_read: Callable[[], None] = lambda: None
         self.puts = 0
 
     def check(self) -> None:
+        self.before_check()
         self._fail()
         super().check()
+
+    def read(self, name: str, size_bytes: int) -> Iterator[bytes]:
+        self.before_read()
+        self._fail()
+        return super().read(name, size_bytes)
 
     def put(self, name: str) -> int:
         self.before_put()
@@ -84,12 +94,15 @@ def files(database: Database, drive: Drive) -> Iterator[ResultFiles]:
     made.stop()
 
 
-def end_job(database: Database, tasks: int = 2) -> JobRow:
+def end_job(database: Database, tasks: int = 2, text: str = "Hello") -> JobRow:
     """A job whose run ends, all of it answered, with the file that the recorder would owe."""
     job = factories.store_job(database=database, tasks=tasks)
     now = utc_now()
     with database.write() as session:
-        outcomes = [factories.outcome(job_id=job.id, position=number) for number in range(tasks)]
+        answer = Answer(text, "stop")
+        outcomes = [
+            factories.outcome(job_id=job.id, position=number, decision=answer) for number in range(tasks)
+        ]
         task_store.record_answers(session, job.id, outcomes)
         job_store.add_progress(session, job.id, job_store.JobProgress(answered=tasks))
         ended = job_store.end_if_done(session, job.id, now)
@@ -285,9 +298,10 @@ def test_waits_double_from_a_second_to_ten_minutes() -> None:
     assert waits == [1, 2, 4, 512, 600, 600]
 
 
-@pytest.mark.parametrize("damage", ["lost", "cut"])
-def test_a_file_that_is_gone_is_written_again(
-    database: Database, drive: Drive, files: ResultFiles, damage: str
+@pytest.mark.parametrize("damage", ["lost", "cut", "spoilt"])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_file_that_is_lost_or_damaged_is_written_again(
+    database: Database, drive: Drive, files: ResultFiles, damage: str, *, unpacked: bool
 ) -> None:
     job = end_job(database)
     files.start()
@@ -297,12 +311,116 @@ def test_a_file_that_is_gone_is_written_again(
     if damage == "lost":
         path.unlink()
     else:
-        path.write_bytes(whole[:-1])
+        path.write_bytes(whole[:-1] if damage == "cut" else whole[:-8] + b"x" * 8)
 
-    assert files.find(job) is None
+    assert files.find(job, unpacked=unpacked) is None
 
     eventually(lambda: drive.puts == 2 and state_of(database, job) == FileState.WRITTEN, "the file")
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_large_file_that_is_damaged_behind_its_beginning_is_cut_off_and_written_again(
+    database: Database, drive: Drive, files: ResultFiles, *, unpacked: bool
+) -> None:
+    job = end_job(database, text=random.Random(7).randbytes(300_000).hex())
+    files.start()
+    written(database, job)
+    path = drive.root / file_name(job.id, 1)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8] + b"x" * 8)
+
+    found = files.find(job, unpacked=unpacked)
+    assert found is not None
+    with pytest.raises(Unavailable):
+        list(found.pieces)
+
+    eventually(lambda: drive.puts == 2 and state_of(database, job) == FileState.WRITTEN, "the file")
+    assert path.read_bytes() == whole
+
+
+class Hang:
+    """What a step waits for until the test lets it go."""
+
+    def __init__(self) -> None:
+        self.begun: list[threading.Thread] = []
+        self._over = threading.Event()
+
+    def __call__(self) -> None:
+        self.begun.append(threading.current_thread())
+        self._over.wait(30)
+
+    def end(self) -> None:
+        self._over.set()
+
+
+def test_no_reader_waits_for_a_drive_that_has_not_answered_yet(database: Database, drive: Drive) -> None:
+    job = end_job(database)
+    before = ResultFiles(database, drive)
+    before.start()
+    written(database, job)
+    before.stop()
+    drive.before_check = checks = Hang()
+    drive.before_read = reads = Hang()
+    files = ResultFiles(database, drive)
+    files.start()
+    eventually(lambda: checks.begun, "the check")
+    began_s = time.monotonic()
+
+    assert files.find(job) is None
+
+    assert time.monotonic() - began_s < 1
+    assert reads.begun == []
+    drive.before_read = lambda: None
+    checks.end()
+    eventually(lambda: files.find(job) is not None, "the file")
+    files.stop()
+
+
+def test_a_reader_waits_but_shortly_for_a_file_that_does_not_open(
+    database: Database, drive: Drive, files: ResultFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result_files, "OPEN_S", 0.2)
+    job = end_job(database)
+    files.start()
+    written(database, job)
+    drive.failure = DriveError("it does not answer in time")
+    drive.before_read = reads = Hang()
+    began_s = time.monotonic()
+
+    assert files.find(job) is None
+
+    assert time.monotonic() - began_s < 5
+    eventually(lambda: files.trouble == "it does not answer in time", "the trouble")
+    for _ in range(3):
+        assert files.find(job) is None
+    assert len(reads.begun) == 1
+    assert reads.begun[0].daemon
+    reads.end()
+
+
+def test_readers_that_come_at_once_leave_few_threads_behind(
+    database: Database, drive: Drive, files: ResultFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(result_files, "OPEN_S", 0.5)
+    job = end_job(database)
+    files.start()
+    written(database, job)
+    drive.before_read = reads = Hang()
+    found: list[object] = []
+    readers = [
+        threading.Thread(target=lambda: found.append(files.find(job)))
+        for _ in range(result_files.MAX_OPENING + 8)
+    ]
+
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join(10)
+
+    assert found == [None] * len(readers)
+    assert len(reads.begun) <= result_files.MAX_OPENING
+    reads.end()
 
 
 def test_deleting_goes_on_until_the_file_is_gone(
