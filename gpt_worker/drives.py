@@ -1,7 +1,7 @@
 """Where result files live: a directory of this machine, a bucket or a container, or whatever fsspec knows by a URL.
 
 A file is put whole or not at all, read in pieces and deleted; what goes wrong is a `DriveError`, whose message is for
-people and holds no secret. When a file is put, and what is in it, is decided in `result_files.py`.
+people and holds no secret (`drive_errors.py`). When a file is put, and what is in it, is decided in `result_files.py`.
 """
 
 import errno
@@ -15,17 +15,17 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 from config import DriveSettings, Settings, SettingsError
 from gpt_worker.addresses import is_loopback
-
-T = TypeVar("T")
+from gpt_worker.aside import Aside
+from gpt_worker.drive_errors import DriveError, NoFile, explain, primed, translated
 
 PIECE_BYTES = 1 << 20
 # Small, as a reader waits for it: a slow line is not a drive that fails.
@@ -55,14 +55,6 @@ DRIVER_LOGGERS = (
     "google",
     "s3fs",
 )
-
-
-class DriveError(Exception):
-    """The drive did not do what it was asked for; the message says why, in a few words."""
-
-
-class NoFile(DriveError):
-    """There is no such file, or it is not the one that was written."""
 
 
 class Drive(Protocol):
@@ -209,264 +201,6 @@ def blob_endpoint(connection_string: str) -> str:
     return next((value for name, _, value in parts if name == "BlobEndpoint"), "")
 
 
-# Errors
-
-
-REFUSED = "it refuses access"
-CREDENTIALS = "it does not accept the credentials"
-NO_CREDENTIALS = "this machine has no credentials for it"
-SLOW = "it does not answer in time"
-SILENT = "nothing answers at its address"
-STATUSES = {401: CREDENTIALS, 403: REFUSED, 530: CREDENTIALS}
-NOT_UNDERSTOOD = frozenset((*range(200, 300), 405, 501))  # of what is not a store of objects at all
-# What the place of files is called there, and what is spoken, by the driver's extra.
-STORES = {
-    "s3": ("bucket", "S3"),
-    "google-cloud": ("bucket", "Google Cloud Storage"),
-    "azure": ("container", "Azure Blob Storage"),
-}
-# By the names of classes, as the drivers that they come from need not be installed. A cause says more than what it led
-# to, so an earlier line counts wherever in the chain of causes it is met.
-BY_CLASS: tuple[tuple[frozenset[str], str], ...] = (
-    (
-        frozenset({"SSLCertVerificationError", "ClientConnectorCertificateError"}),
-        "its TLS certificate can't be verified",
-    ),
-    (frozenset({"SSLError"}), "it does not speak TLS, which its https address asks for"),
-    (frozenset({"gaierror"}), "the host in its address is not known"),
-    (
-        frozenset(
-            {
-                "ConnectionRefusedError",
-                "EndpointConnectionError",
-                "ClientConnectorError",
-                "NewConnectionError",
-            }
-        ),
-        SILENT,
-    ),
-    (
-        frozenset(
-            {
-                "NoCredentialsError",
-                "PartialCredentialsError",
-                "CredentialRetrievalError",
-                "DefaultCredentialsError",
-                "CredentialUnavailableError",
-            }
-        ),
-        NO_CREDENTIALS,
-    ),
-    (frozenset({"RefreshError", "AuthenticationException"}), CREDENTIALS),
-    # Python's own, of which asyncio's and fsspec's are; botocore's, requests' and Azure's.
-    (
-        frozenset(
-            {
-                "TimeoutError",
-                "ConnectTimeoutError",
-                "ReadTimeoutError",
-                "Timeout",
-                "ServiceRequestTimeoutError",
-                "ServiceResponseTimeoutError",
-            }
-        ),
-        SLOW,
-    ),
-    (
-        frozenset(
-            {
-                "ConnectionResetError",
-                "ConnectionAbortedError",
-                "BrokenPipeError",
-                "ServerDisconnectedError",
-                "ConnectionClosedError",
-                "EOFError",
-            }
-        ),
-        "it breaks the connection off",
-    ),
-)
-# By the codes that S3 and Azure give their errors.
-BY_CODE: tuple[tuple[frozenset[str], str], ...] = (
-    (
-        frozenset(
-            {
-                "InvalidAccessKeyId",
-                "SignatureDoesNotMatch",
-                "InvalidToken",
-                "ExpiredToken",
-                "AuthenticationFailed",
-                "InvalidAuthenticationInfo",
-            }
-        ),
-        CREDENTIALS,
-    ),
-    (
-        frozenset(
-            {"AuthorizationHeaderMalformed", "PermanentRedirect", "IllegalLocationConstraintException"}
-        ),
-        "its bucket is in another region",
-    ),
-    (frozenset({"RequestTimeTooSkewed"}), "its clock and that of this machine differ"),
-)
-UNREADABLE = frozenset(
-    {"JSONDecodeError", "ResponseParserError"}
-)  # the answer is nothing that the driver knows
-FTP_REPLIES = frozenset({"error_perm", "error_temp"})
-
-
-def explain(error: BaseException, store: str | None = None) -> str:
-    """Why a drive failed, in a few words that hold nothing of a secret: no message of a driver is repeated.
-
-    `store` is the extra of its driver, if it is a store of objects.
-    """
-    if isinstance(error, DriveError):
-        return str(error)
-    causes = list(_causes(error))
-    classes = frozenset(kind.__name__ for cause in causes for kind in type(cause).__mro__)
-    return (
-        _first(BY_CODE, frozenset(code for cause in causes for code in _codes(cause)))
-        or _first(BY_CLASS, classes)
-        or _explain_status(causes, classes, store)
-        or _explain_kind(error, store)
-        or f"it fails with {type(error).__name__}"
-    )
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it."""
-    found: BaseException | None = error
-    seen: set[int] = set()
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
-
-
-def _first(table: Iterable[tuple[frozenset[str], str]], names: frozenset[str]) -> str | None:
-    return next((words for these, words in table if these & names), None)
-
-
-def _codes(error: BaseException) -> Iterator[str]:
-    """The codes that S3 and Azure put into their errors."""
-    response = getattr(error, "response", None)
-    said = response.get("Error") if isinstance(response, dict) else None
-    for code in (said.get("Code") if isinstance(said, dict) else None, getattr(error, "error_code", None)):
-        if isinstance(code, str):
-            # Azure's is a member of an enumeration, and a text.
-            yield str.__str__(code)
-
-
-def _explain_status(causes: list[BaseException], classes: frozenset[str], store: str | None) -> str | None:
-    """By the status of HTTP, or of FTP, in the error or in one that led to it."""
-    status = next((found for cause in causes for found in _statuses(cause)), None)
-    if store in STORES and (status in NOT_UNDERSTOOD or classes & UNREADABLE):
-        return f"what answers at its address does not speak {STORES[store][1]}"
-    if status == 404:
-        return _not_there(store)
-    return None if status is None else STATUSES.get(status, f"it answers {status}")
-
-
-def _statuses(error: BaseException) -> Iterator[int]:
-    response = getattr(error, "response", None)
-    told = response.get("ResponseMetadata") if isinstance(response, dict) else None
-    if isinstance(told, dict):
-        yield from (found for found in (told.get("HTTPStatusCode"),) if isinstance(found, int))
-    for name in ("status_code", "code", "status"):
-        status = getattr(error, name, None)
-        if isinstance(status, int):
-            yield status
-    if type(error).__name__ in FTP_REPLIES and str(error)[:3].isdecimal():
-        yield int(str(error)[:3])
-
-
-def _explain_kind(error: BaseException, store: str | None) -> str | None:
-    """By Python's own errors; the words are the system's, as drivers put theirs into `strerror`."""
-    match error:
-        case PermissionError():
-            return REFUSED
-        case FileNotFoundError() | NotADirectoryError():
-            return _not_there(store)
-        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
-            return "it is full"
-        case OSError(errno=int(number)):
-            return os.strerror(number)
-        case OSError() if str(error).startswith("Forbidden"):  # gcsfs tells a 403 in words alone
-            return REFUSED
-    return None
-
-
-def _not_there(store: str | None) -> str:
-    return f"there is no such {STORES[store][0]}" if store in STORES else "its place is not there"
-
-
-@contextmanager
-def _translated(store: str | None = None) -> Iterator[None]:
-    try:
-        yield
-    except DriveError:
-        raise
-    except Exception as error:  # drivers raise what they like
-        raise DriveError(explain(error, store)) from error
-
-
-def _primed(pieces: Generator[bytes, None, None], store: str | None = None) -> Iterator[bytes]:
-    """The same pieces; the first one is fetched now, so that its error is the caller's."""
-    first = next(pieces)
-
-    def rest() -> Iterator[bytes]:
-        with closing(pieces):
-            yield first
-            try:
-                yield from pieces
-            except Exception as error:
-                raise DriveError(explain(error, store)) from None  # it goes to the log with its traceback
-
-    return rest()
-
-
-# What may hang
-
-
-class Aside:
-    """Steps that may hang, each in a daemon thread of its own, which holds up no end of the process.
-
-    There are no more than `at_most` of them, those left behind included.
-    """
-
-    def __init__(self, at_most: int) -> None:
-        self._free = threading.BoundedSemaphore(at_most)
-
-    def within(self, seconds: float, step: Callable[[], T]) -> T:
-        """What the step returns or raises; TimeoutError when it takes too long, and it is left behind or not begun."""
-        deadline_s = time.monotonic() + seconds
-        if not self._free.acquire(timeout=seconds):
-            raise TimeoutError
-        outcome: list[T] = []
-        failure: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                outcome.append(step())
-            except BaseException as error:
-                failure.append(error)
-            finally:
-                self._free.release()
-
-        thread = threading.Thread(target=run, name="drive call", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:
-            self._free.release()
-            raise
-        thread.join(max(0.0, deadline_s - time.monotonic()))
-        if failure:
-            raise failure[0]
-        if not outcome:
-            raise TimeoutError
-        return outcome[0]
-
-
 # This machine
 
 
@@ -493,7 +227,7 @@ class LocalDrive:
         said = secrets.token_bytes(16)
         with self.stage() as file:
             file.write(said)
-        with _translated():
+        with translated():
             if self._new.read_bytes() != said:
                 raise DriveError("it does not keep what is written")
             self._new.unlink()
@@ -510,14 +244,14 @@ class LocalDrive:
 
     def put(self, name: str) -> int:
         target = self._root / name
-        with _translated():
+        with translated():
             self._make_root()
             _make_directory(target.parent)
             return self._new.replace(target).stat().st_size
 
     def read(self, name: str, size_bytes: int) -> Iterator[bytes]:
-        with _translated():
-            return _primed(self._pieces(name, size_bytes))
+        with translated():
+            return primed(self._pieces(name, size_bytes))
 
     def _pieces(self, name: str, size_bytes: int) -> Generator[bytes, None, None]:
         try:
@@ -532,7 +266,7 @@ class LocalDrive:
 
     def delete(self, name: str) -> None:
         target = self._root / name
-        with _translated():
+        with translated():
             if not self._root.is_dir():
                 raise FileNotFoundError
             target.unlink(missing_ok=True)
@@ -653,7 +387,7 @@ class RemoteDrive:
 
     def read(self, name: str, size_bytes: int) -> Iterator[bytes]:
         with self._translated():
-            return _primed(self._pieces(name, size_bytes), self._settings.extra)
+            return primed(self._pieces(name, size_bytes), self._settings.extra)
 
     def _pieces(self, name: str, size_bytes: int) -> Generator[bytes, None, None]:
         opened = self._open()
@@ -697,7 +431,7 @@ class RemoteDrive:
     def _translated(self) -> Iterator[None]:
         """As `_translated`; what has failed is opened anew, as it may be a connection that broke."""
         try:
-            with _translated(self._settings.extra):
+            with translated(self._settings.extra):
                 yield
         except NoFile:
             raise

@@ -23,10 +23,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from gpt_worker import rendering
+from gpt_worker.aside import Aside
 from gpt_worker.backoff import drive_wait_s
 from gpt_worker.db import Database, log_failure, trouble_of
 from gpt_worker.domain import FileState, utc_now
-from gpt_worker.drives import Aside, Drive, DriveError, NoFile
+from gpt_worker.drive_errors import DriveError, NoFile
+from gpt_worker.drives import Drive
 from gpt_worker.errors import NotFound, Unavailable
 from gpt_worker.gzip_members import LEVEL, unpack, verified
 from gpt_worker.models import JobRow

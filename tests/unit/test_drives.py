@@ -16,17 +16,15 @@ import pytest
 
 from config import DriveSettings, Settings, SettingsError
 from gpt_worker import drives
+from gpt_worker.aside import Aside
+from gpt_worker.drive_errors import DriveError, NoFile, explain, primed
 from gpt_worker.drives import (
-    Aside,
     Drive,
-    DriveError,
     LocalDrive,
-    NoFile,
     RemoteDrive,
     address_for_people,
     address_of,
     check_settings,
-    explain,
     hint,
     make_drive,
 )
@@ -236,7 +234,7 @@ def test_what_breaks_in_the_middle_of_a_file_is_told_without_the_drivers_words(t
         raise ValueError("hunter2")
 
     with pytest.raises(DriveError, match="it fails with ValueError") as caught:
-        b"".join(drives._primed(pieces()))
+        b"".join(primed(pieces()))
 
     assert caught.value.__suppress_context__
 

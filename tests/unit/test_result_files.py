@@ -17,7 +17,8 @@ from gpt_worker import rendering, result_files
 from gpt_worker.backoff import drive_wait_s
 from gpt_worker.db import Database
 from gpt_worker.domain import Answer, FileState, JobStatus, utc_now
-from gpt_worker.drives import DriveError, LocalDrive
+from gpt_worker.drive_errors import DriveError
+from gpt_worker.drives import LocalDrive
 from gpt_worker.errors import Unavailable
 from gpt_worker.models import JobRow, ResultFileRow, TaskRow
 from gpt_worker.result_files import ResultFiles, file_name
