@@ -1,7 +1,8 @@
 """What can be done with a job: submit, look, wait, cancel, retry, purge.
 
 A submit is stored whole before it is answered, and handed to the dispatcher after its last commit. What the database
-fails in the middle of one is taken back, and a retry gone on with, as soon as it works again (`work_off`).
+fails in the middle of one is taken back, and a retry gone on with, as soon as it works again (`work_off`). A commit
+that raises may have landed: then what is stored is looked at, and what follows from it is done.
 """
 
 import logging
@@ -12,8 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -52,6 +55,7 @@ MIN_FREE_BYTES = 200 << 20
 LOOK_EVERY_S = 1.0
 CLOSE_WAIT_S = 2.0
 SLICE_TOKENS = 2_000_000  # about 8 MB of prompts
+EVERY_RUN = sys.maxsize
 NOBODY = "-"  # whose Idempotency-Keys those without a token share; Oracle would take '' for NULL
 CANCELLED = Failure(ErrorCode.CANCELLED, "the job was cancelled before this task was sent")
 
@@ -281,6 +285,23 @@ class Jobs:
 
     # What must be done though the database fails
 
+    @contextmanager
+    def _write(self, settle: Callable[[], None]) -> Iterator[Session]:
+        """A writing transaction; if its commit raises, `settle` is owed.
+
+        That commit may have landed all the same, or may still land; and the caller may have come again before `settle`
+        is called. So that looks at what is stored before it acts.
+        """
+        commits = False
+        try:
+            with self._database.write() as session:
+                yield session
+                commits = True
+        except BaseException:
+            if commits:
+                self._owe(settle)
+            raise
+
     def _do_at_last(self, step: Callable[[], None]) -> None:
         """Do it now, or when the database works again; it may be begun more than once."""
         try:
@@ -393,22 +414,41 @@ class Jobs:
 
     def cancel(self, caller: Caller, job_id: str) -> None:
         """Send nothing more of a job; calls in flight still land and are kept. A finished job is left as it is."""
-        with self._database.write() as session:
-            run = self._found(job_store.find_job(session, job_id, caller)).run
-            cancelled = job_store.cancel(session, job_id)
-        if cancelled:
+        with self._write(partial(self._settle, job_id)) as session:
+            job = self._found(job_store.find_job(session, job_id, caller))
+            job_store.cancel(session, job_id)
+        # Also one that was cancelled before: that may have failed its caller.
+        if closed := self._close_cancelled(job):
             # Worth the moment: so the reply shows what was not sent as cancelled.
-            self._dispatcher.close(job_id, run, CANCELLED).wait(CLOSE_WAIT_S)
+            closed.wait(CLOSE_WAIT_S)
 
     def purge(self, caller: Caller, job_id: str) -> None:
         """The job is gone, with all that belongs to it; what is in flight lands nowhere."""
-        with self._database.write() as session:
-            job = self._found(job_store.find_job(session, job_id, caller))
-            run = job.run
+        with self._write(partial(self._settle, job_id)) as session:
+            self._found(job_store.find_job(session, job_id, caller))
             delivery_store.drop_for_job(session, job_id)
             file_store.drop_for_job(session, job_id, utc_now())
             job_store.discard(session, job_id)
-        self._dispatcher.forget(job_id, run)
+        self._let_go(job_id)
+
+    def _settle(self, job_id: str) -> None:
+        """Do what follows from what is stored of a job, since nobody knows whether a cancel or purge of it is."""
+        with self._database.write() as session:
+            job = job_store.lock_job(session, job_id)
+        if job is None or job.status in HIDDEN:
+            self._let_go(job_id)
+        else:
+            self._close_cancelled(job)
+
+    def _close_cancelled(self, job: JobRow) -> threading.Event | None:
+        """Close a job that is cancelled and not finished; the event is set when that is stored. May come twice."""
+        if job.status != JobStatus.CANCELLED or job.finished_at is not None:
+            return None
+        return self._dispatcher.close(job.id, job.run, CANCELLED)
+
+    def _let_go(self, job_id: str) -> None:
+        """A job is gone for good. May come twice."""
+        self._dispatcher.forget(job_id, EVERY_RUN)
         self._release(job_id)
         self._on_discarded()
 

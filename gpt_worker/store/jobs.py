@@ -96,6 +96,11 @@ def is_visible(session: Session, job_id: str) -> bool:
     return status is not None and status not in HIDDEN
 
 
+def lock_job(session: Session, job_id: str) -> JobRow | None:
+    """The job as it is when no other transaction is about to change it, one of a connection that we lost among them."""
+    return session.get(JobRow, job_id, with_for_update=True)
+
+
 def run_of(session: Session, job_id: str) -> int | None:
     """Which run of the job is the last; None if it is gone."""
     return session.scalar(select(JobRow.run).where(JobRow.id == job_id))

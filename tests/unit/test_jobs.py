@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from sqlalchemy import text
+from sqlalchemy import event, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from gpt_worker.db import Database
@@ -29,7 +31,7 @@ from gpt_worker.domain import (
     Role,
     utc_now,
 )
-from gpt_worker.errors import Conflict, Invalid, TooMany, Unauthenticated
+from gpt_worker.errors import Conflict, Invalid, NotFound, TooMany, Unauthenticated
 from gpt_worker.jobs import SLICE_TOKENS, Idempotency, JobRequest, Jobs, ShortTurns
 from gpt_worker.models import JobRow
 from gpt_worker.store import deliveries as delivery_store
@@ -60,15 +62,34 @@ def served(tmp_path: Path) -> Iterator[Database]:
     made.close()
 
 
+class Told:
+    """What a dispatcher that sends nothing is told."""
+
+    def __init__(self) -> None:
+        self.added: list[JobRow] = []
+        self.closed: list[tuple[str, int]] = []
+        self.forgotten: list[str] = []
+
+    def close(self, job_id: str, run: int, _failure: Failure) -> threading.Event:
+        self.closed.append((job_id, run))
+        stored = threading.Event()
+        stored.set()
+        return stored
+
+
 def make_jobs(
     database: Database,
     handed_over: list[JobRow] | None = None,
     freeze_owed: Callable[[str], None] = lambda _job_id: None,
+    told: Told | None = None,
     **env: str,
 ) -> Jobs:
     """The real thing, but that nothing is sent."""
-    added = [] if handed_over is None else handed_over
-    dispatcher: Any = SimpleNamespace(add=added.append, forget=lambda _job_id, _run: None)
+    told = told or Told()
+    added = told.added if handed_over is None else handed_over
+    dispatcher: Any = SimpleNamespace(
+        add=added.append, close=told.close, forget=lambda job_id, _run: told.forgotten.append(job_id)
+    )
     settings = factories.settings(data_dir=database.path.parent, **env)
     return Jobs(database, dispatcher, settings, freeze_owed=freeze_owed, on_discarded=lambda: None)
 
@@ -109,6 +130,27 @@ class Mover:
             if number == 2:
                 self.take()
             yield task
+
+
+BOTH = pytest.mark.parametrize("lands", [True, False], ids=["committed", "not committed"])
+
+
+@contextmanager
+def commit_lost(*, lands: bool, after: int = 0) -> Iterator[None]:
+    """A commit, behind so many others, raises: once it is made, or instead of being made."""
+    name = "after_commit" if lands else "before_commit"
+    to_come = after
+
+    def lose(_session: Session) -> None:
+        nonlocal to_come
+        to_come -= 1
+        if to_come < 0:
+            event.remove(Session, name, lose)
+            raise OperationalError("COMMIT", {}, Exception("the line was cut"))
+
+    event.listen(Session, name, lose)
+    with pytest.raises(OperationalError, match="the line was cut"):
+        yield
 
 
 class Message(dict[str, Any]):
@@ -378,6 +420,81 @@ def test_retry_that_failed_between_slices_and_was_cancelled_then_is_let_be(
     assert handed_over == []
     assert jobs.find(caller, job_id).failed == 1
     jobs.check_limits(caller, None)
+
+
+# A commit of which nobody knows whether it has landed
+
+
+@BOTH
+def test_cancel_whose_commit_raised_is_told_to_the_dispatcher_if_it_is_stored(
+    database: Database, lands: bool
+) -> None:
+    told = Told()
+    jobs, job = make_jobs(database, told=told), factories.store_job(database=database)
+
+    with commit_lost(lands=lands):
+        jobs.cancel(Caller(), job.id)
+    jobs.work_off()
+
+    assert told.closed == ([(job.id, 1)] if lands else [])
+    assert statuses(database) == [JobStatus.CANCELLED if lands else JobStatus.QUEUED]
+
+
+def test_cancel_of_a_cancelled_job_is_told_to_the_dispatcher_until_it_is_finished(database: Database) -> None:
+    told = Told()
+    jobs, job = make_jobs(database, told=told), factories.store_job(database=database)
+
+    with commit_lost(lands=True):
+        jobs.cancel(Caller(), job.id)
+    jobs.cancel(Caller(), job.id)
+    assert told.closed == [(job.id, 1)]
+    with database.write() as session:
+        stored = job_store.get_job(session, job.id)
+        assert stored is not None
+        stored.finished_at = utc_now()
+    jobs.cancel(Caller(), job.id)
+    jobs.work_off()
+
+    assert told.closed == [(job.id, 1)]
+
+
+def test_cancel_that_is_refused_leaves_nothing_to_settle(served: Database) -> None:
+    jobs, file = make_jobs(served), Mover(served)
+
+    with pytest.raises(NotFound):
+        jobs.cancel(Caller(), "nothing")
+    with file.away():
+        jobs.work_off()
+
+
+@BOTH
+def test_purge_whose_commit_raised_is_told_to_the_dispatcher_if_it_is_stored(
+    database: Database, lands: bool
+) -> None:
+    told = Told()
+    jobs, job = make_jobs(database, told=told), factories.store_job(database=database)
+
+    with commit_lost(lands=lands):
+        jobs.purge(Caller(), job.id)
+    jobs.work_off()
+
+    assert told.forgotten == ([job.id] if lands else [])
+    assert statuses(database) == [JobStatus.DISCARDED if lands else JobStatus.QUEUED]
+
+
+def test_purge_whose_commit_raised_is_told_to_the_dispatcher_though_its_rows_are_gone(
+    database: Database,
+) -> None:
+    told = Told()
+    jobs, job = make_jobs(database, told=told), factories.store_job(database=database, tasks=0)
+
+    with commit_lost(lands=True):
+        jobs.purge(Caller(), job.id)
+    with database.write() as session:
+        job_store.delete_job(session, job.id)
+    jobs.work_off()
+
+    assert told.forgotten == [job.id]
 
 
 # A retry beside the end of the run before it
