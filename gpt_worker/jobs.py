@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 from itertools import chain
 
@@ -115,6 +115,7 @@ class _Reopening:
     after: int | None  # the position to go on behind, or None when every slice is reopened
     left: int  # tasks that are not reopened yet
     key: tuple[str, int]  # the job's id, and the run
+    deadline_at: datetime  # by which it is known from another one of the same run
 
 
 class Jobs:
@@ -476,7 +477,7 @@ class Jobs:
         try:
             self._reopen_rest(reopening)
         except BaseException:
-            self._owe(lambda: self._reopen_rest(reopening))
+            self._owe(partial(self._go_on, reopening))
             raise
         return True
 
@@ -503,8 +504,8 @@ class Jobs:
                         return None
                     reopening = self._queue_again(session, job, codes, first)
             except BaseException:
-                if reopening is not None:
-                    self._coming.pop(reopening.key, None)
+                if reopening is not None:  # then it was the commit, which may have landed
+                    self._owe(partial(self._go_on, reopening))
                 raise
             return reopening
 
@@ -512,18 +513,31 @@ class Jobs:
         self, session: Session, job: JobRow, codes: Collection[ErrorCode] | None, first: Reopened
     ) -> _Reopening:
         """The next run of a job whose first slice is reopened; all of its slices count from now on."""
+        run = job.id, job.run + 1
+        self._coming.pop(run, None)  # of a retry whose commit has not landed
         tasks = first.tasks
         if codes is None:
             tasks = job.failed
         elif first.after is not None:
             tasks += job_store.count_failed(session, job.id, codes, first.after)
         self._check_room(session, job.owner_id, tasks)
-        deadline_s = JobSettings.from_json(job.settings).deadline_s
-        job_store.reopen(job, utc_now() + timedelta(seconds=deadline_s))
+        deadline_at = utc_now() + timedelta(seconds=JobSettings.from_json(job.settings).deadline_s)
+        job_store.reopen(job, deadline_at)
         _count_reopened(job, first)
-        reopening = _Reopening(job, codes, first.after, tasks - first.tasks, (job.id, job.run))
+        reopening = _Reopening(job, codes, first.after, tasks - first.tasks, run, deadline_at)
         self._coming[reopening.key] = job.owner_id, reopening.left
         return reopening
+
+    def _go_on(self, reopening: _Reopening) -> None:
+        """Do what is left of a run that the database has failed, if it is the one that is stored as begun."""
+        begun = (*reopening.key, JobStatus.QUEUED, reopening.deadline_at)
+        with self._database.write() as session:
+            job = job_store.lock_job(session, reopening.key[0])
+            if job is None or (job.id, job.run, job.status, job.deadline_at) != begun:
+                self._coming.pop(reopening.key, None)
+                return
+        reopening.job = job
+        self._reopen_rest(reopening)
 
     def _reopen_rest(self, reopening: _Reopening) -> None:
         """Reopen what is left of a run's tasks, a slice a commit, and hand the job over; goes on where it failed."""

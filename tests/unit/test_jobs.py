@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -495,6 +496,73 @@ def test_purge_whose_commit_raised_is_told_to_the_dispatcher_though_its_rows_are
     jobs.work_off()
 
     assert told.forgotten == [job.id]
+
+
+@BOTH
+@pytest.mark.parametrize("tasks", [10, 2 * SLICE_TASKS + 1])
+def test_retry_whose_first_commit_raised_goes_on_if_it_is_stored(
+    database: Database, tasks: int, lands: bool
+) -> None:
+    caller, told = Caller(factories.store_user(database=database)), Told()
+    jobs = make_jobs(database, told=told, MAX_USER_TASKS=str(tasks))
+    job_id = store_failed_job(database, caller.user_id or "", tasks)
+
+    with commit_lost(lands=lands):
+        jobs.retry(caller, job_id, None)
+    assert told.added == []
+    jobs.work_off()
+    jobs.work_off()
+
+    again = [(job.id, job.run, job.status, job.failed) for job in told.added]
+    assert again == ([(job_id, 2, JobStatus.QUEUED, 0)] if lands else [])
+    assert unfinished(database, caller.user_id).pending == (tasks if lands else 0)
+    if not lands:
+        jobs.check_limits(caller, None)
+        assert jobs.retry(caller, job_id, None)
+        assert [job.run for job in told.added] == [2]
+
+
+def test_retry_whose_first_commit_raised_and_that_was_cancelled_then_is_let_be(database: Database) -> None:
+    caller, told = Caller(factories.store_user(database=database)), Told()
+    jobs = make_jobs(database, told=told, MAX_USER_TASKS="10")
+    job_id = store_failed_job(database, caller.user_id or "", 10)
+
+    with commit_lost(lands=True):
+        jobs.retry(caller, job_id, None)
+    jobs.cancel(caller, job_id)
+    jobs.work_off()
+
+    assert (told.added, told.closed) == ([], [(job_id, 2)])
+    jobs.check_limits(caller, None)
+
+
+def test_retry_whose_first_commit_did_not_land_leaves_the_run_to_the_next_one(database: Database) -> None:
+    tasks = 2 * SLICE_TASKS + 1
+    caller, told = Caller(factories.store_user(database=database)), Told()
+    jobs = make_jobs(database, told=told, MAX_USER_TASKS=str(tasks))
+    job_id = store_failed_job(database, caller.user_id or "", tasks)
+
+    with commit_lost(lands=False):
+        jobs.retry(caller, job_id, None)
+    time.sleep(0.002)  # the time of a run is told in milliseconds
+    assert jobs.retry(caller, job_id, None)
+    jobs.work_off()
+
+    assert [(job.run, job.failed) for job in told.added] == [(2, 0)]
+
+
+def test_slice_of_a_retry_whose_commit_raised_is_counted_once(database: Database) -> None:
+    tasks = 3 * SLICE_TASKS + 1
+    caller, told = Caller(factories.store_user(database=database)), Told()
+    jobs = make_jobs(database, told=told)
+    job_id = store_failed_job(database, caller.user_id or "", tasks)
+
+    with commit_lost(lands=True, after=1):
+        jobs.retry(caller, job_id, None)
+    jobs.work_off()
+
+    assert [(job.run, job.failed, job.results_bytes) for job in told.added] == [(2, 0, 0)]
+    assert unfinished(database, caller.user_id).pending == tasks
 
 
 # A retry beside the end of the run before it
