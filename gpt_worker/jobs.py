@@ -104,6 +104,7 @@ class _Incoming:
     still_admitted: StillAdmitted
     told: int  # how many tasks there will be, if that is known
     ids_bytes: int = 0
+    may_be_stored: bool = False  # a commit of it was begun, whatever became of that
 
 
 @dataclass(slots=True)
@@ -170,11 +171,13 @@ class Jobs:
             if claim.job_id is not None:
                 return Submitted(claim.job_id, replayed=True)
         job = _new_job(caller, request)
+        told = len(request.tasks) if isinstance(request.tasks, Sized) else 0
+        incoming = _Incoming(job, claim, still_admitted, told)
         try:
             self.check_disk()
-            self._store_slices(job, request.tasks, claim, still_admitted)
+            self._store_slices(incoming, request.tasks)
         except BaseException:
-            if job.total or claim is not None:
+            if incoming.may_be_stored or claim is not None:
                 self._do_at_last(lambda: self._take_back(job.id, claim))
             raise
         finally:
@@ -210,17 +213,17 @@ class Jobs:
         self, caller: Caller, idempotency: Idempotency, still_admitted: StillAdmitted
     ) -> IdempotencyRow:
         """The key, which is ours now; or that of an earlier submit, with its job."""
-        with self._database.write() as session:
+        now = utc_now()
+        claim = IdempotencyRow(
+            user_key=caller.user_id or NOBODY,
+            key_hash=idempotency.key_hash,
+            request_hash=idempotency.request_hash,
+            job_id=None,
+            created_at=now,
+        )
+        with self._write(partial(self._free, claim)) as session:
             still_admitted(session)
-            now = utc_now()
             job_store.drop_old_keys(session, now - timedelta(hours=24))
-            claim = IdempotencyRow(
-                user_key=caller.user_id or NOBODY,
-                key_hash=idempotency.key_hash,
-                request_hash=idempotency.request_hash,
-                job_id=None,
-                created_at=now,
-            )
             earlier = job_store.claim_key(session, claim)
             if earlier is None:
                 return claim
@@ -230,18 +233,11 @@ class Jobs:
                 raise Conflict("the first submit with this Idempotency-Key is still being stored; try again")
             return earlier
 
-    def _store_slices(
-        self,
-        job: JobRow,
-        tasks: Iterable[NewTask],
-        claim: IdempotencyRow | None,
-        still_admitted: StillAdmitted,
-    ) -> None:
+    def _store_slices(self, incoming: _Incoming, tasks: Iterable[NewTask]) -> None:
         """One commit a slice; the last commit, which may be the only one, makes the job visible.
 
         Of a large job, a slice is stored by another thread while this one reads the next.
         """
-        incoming = _Incoming(job, claim, still_admitted, len(tasks) if isinstance(tasks, Sized) else 0)
         slices = _slices(tasks)
         first, second = next(slices, []), next(slices, None)
         if second is None:
@@ -254,7 +250,7 @@ class Jobs:
                     storing = writer.submit(self._store_slice, incoming, current)
                 storing.result()
             self._store_slice(incoming, [], is_last=True)
-        job.status = JobStatus.QUEUED
+        incoming.job.status = JobStatus.QUEUED
 
     def _store_slice(self, incoming: _Incoming, tasks: Sequence[NewTask], *, is_last: bool = False) -> None:
         job = incoming.job
@@ -274,6 +270,7 @@ class Jobs:
                     job_store.bind_key(session, incoming.claim, job.id)
             else:
                 self._coming[job.id, job.run] = job.owner_id, max(incoming.told, stored)
+            incoming.may_be_stored = True
         job.total = stored
 
     def _take_back(self, job_id: str, claim: IdempotencyRow | None) -> None:
@@ -283,6 +280,11 @@ class Jobs:
             if claim is not None:
                 job_store.free_key(session, claim)
         self._on_discarded()
+
+    def _free(self, claim: IdempotencyRow) -> None:
+        """Its Idempotency-Key is free again, if it was ever taken."""
+        with self._database.write() as session:
+            job_store.free_key(session, claim)
 
     # What must be done though the database fails
 
@@ -521,7 +523,9 @@ class Jobs:
         elif first.after is not None:
             tasks += job_store.count_failed(session, job.id, codes, first.after)
         self._check_room(session, job.owner_id, tasks)
-        deadline_at = utc_now() + timedelta(seconds=JobSettings.from_json(job.settings).deadline_s)
+        # In whole milliseconds, as every store keeps it: it is looked for there.
+        lasts_ms = round(JobSettings.from_json(job.settings).deadline_s * 1000)
+        deadline_at = utc_now() + timedelta(milliseconds=lasts_ms)
         job_store.reopen(job, deadline_at)
         _count_reopened(job, first)
         reopening = _Reopening(job, codes, first.after, tasks - first.tasks, run, deadline_at)

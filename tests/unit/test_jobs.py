@@ -427,6 +427,51 @@ def test_retry_that_failed_between_slices_and_was_cancelled_then_is_let_be(
 
 
 @BOTH
+@pytest.mark.parametrize("slices", [1, 3])
+@pytest.mark.parametrize("key", [None, KEY])
+def test_submit_whose_first_commit_raised_is_taken_back(
+    database: Database, key: Idempotency | None, slices: int, lands: bool
+) -> None:
+    told, after = Told(), 2 if key else 0  # the key's own commit, which has a savepoint
+    jobs = make_jobs(database, told=told)
+
+    with commit_lost(lands=lands, after=after):
+        jobs.submit(Caller(), request(one_a_slice(slices)), key)
+    jobs.work_off()
+
+    assert (statuses(database), told.added) == ([JobStatus.DISCARDED] if lands else [], [])
+    again = jobs.submit(Caller(), request(one_a_slice(slices)), key)
+    assert (again.replayed, len(told.added)) == (False, 1)
+
+
+@BOTH
+def test_key_whose_commit_raised_is_free_again(database: Database, lands: bool) -> None:
+    jobs = make_jobs(database)
+
+    with commit_lost(lands=lands, after=1):
+        jobs.submit(Caller(), request(one_a_slice(1)), KEY)
+    if lands:
+        with pytest.raises(Conflict):
+            jobs.submit(Caller(), request(one_a_slice(1)), KEY)
+    jobs.work_off()
+
+    assert not jobs.submit(Caller(), request(one_a_slice(1)), KEY).replayed
+
+
+def test_key_whose_commit_raised_stays_with_the_job_that_has_taken_it_meanwhile(database: Database) -> None:
+    jobs = make_jobs(database)
+
+    with commit_lost(lands=False, after=1):
+        jobs.submit(Caller(), request(one_a_slice(1)), KEY)
+    time.sleep(0.002)  # the time of a claim is told in milliseconds
+    first = jobs.submit(Caller(), request(one_a_slice(1)), KEY)
+    jobs.work_off()
+
+    replayed = jobs.submit(Caller(), request(one_a_slice(1)), KEY)
+    assert (replayed.job_id, replayed.replayed) == (first.job_id, True)
+
+
+@BOTH
 def test_cancel_whose_commit_raised_is_told_to_the_dispatcher_if_it_is_stored(
     database: Database, lands: bool
 ) -> None:
