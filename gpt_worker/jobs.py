@@ -39,7 +39,7 @@ from gpt_worker.domain import (
     new_id,
     utc_now,
 )
-from gpt_worker.errors import Conflict, DiskLow, Invalid, NotFound
+from gpt_worker.errors import Conflict, DiskLow, Invalid, NotFound, TooLarge
 from gpt_worker.models import IdempotencyRow, JobRow
 from gpt_worker.prompts import encode
 from gpt_worker.store import deliveries as delivery_store
@@ -262,7 +262,7 @@ class Jobs:
             if not job.total:
                 job_store.add_job(session, job)
                 session.flush()
-            task_store.add_tasks(session, job.id, job.total, tasks)
+            self._add_tasks(session, job, tasks)
             incoming.ids_bytes += len("".join([task.id for task in tasks]).encode())
             if is_last:
                 job_store.queue(session, job.id, stored, incoming.ids_bytes)
@@ -272,6 +272,16 @@ class Jobs:
                 self._coming[job.id, job.run] = job.owner_id, max(incoming.told, stored)
             incoming.may_be_stored = True
         job.total = stored
+
+    def _add_tasks(self, session: Session, job: JobRow, tasks: Sequence[NewTask]) -> None:
+        """Store the next tasks of a job; TooLarge, which names the task, for one that the database does not take."""
+        try:
+            task_store.add_tasks(session, job.id, job.total, tasks)
+        except TooLarge as error:
+            for task in tasks:
+                if not self._database.takes(job.id + task.id + encode(task.prompt)):
+                    raise TooLarge(f"The prompt of the task {task.id!r} is too large. {error}") from error
+            raise
 
     def _take_back(self, job_id: str, claim: IdempotencyRow | None) -> None:
         """A submit has failed: what is stored of it goes, and its Idempotency-Key is free again."""

@@ -5,6 +5,7 @@ faults are real: the server is stopped or killed, its connections are ended, the
 That ordinary work is the same on every database is told by the tests that are marked `every_database`.
 """
 
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -154,7 +155,12 @@ def test_text_larger_than_a_packet_is_refused_and_what_is_smaller_is_stored(
     try:
         stand.start()
         answered = stand.submit(["too much", *(["much"] * 20)]).json()
-        refused = stand.submit(["x" * (2 << 20)], prefer="respond-async")
+        refused = stand.submit(["small", "x" * (2 << 20)], prefer="respond-async")
+        lines = "".join(
+            json.dumps({"id": f"id {size}", "text": "y" * size}) + "\n" for size in (9, 2 << 20, 10)
+        )
+        file = {"Content-Type": "application/jsonl", "Prefer": "respond-async"}
+        refused_file = stand.post("/jobs", stand.admin, data=lines, headers=file)
         many = stand.submit([f"{number} " + "x" * 2000 for number in range(2000)]).json()
         assert stand.readiness()[0] == 200
     finally:
@@ -162,8 +168,10 @@ def test_text_larger_than_a_packet_is_refused_and_what_is_smaller_is_stored(
 
     assert answered["counts"] == {"total": 21, "answered": 20, "failed": 1, "pending": 0}
     assert "larger than the database takes" in answered["errors"]["0"]["message"]
-    assert refused.status_code == 413, refused.text
-    assert "max_allowed_packet" in refused.json()["detail"]
+    for reply, task in ((refused, "1"), (refused_file, f"id {2 << 20}")):
+        assert reply.status_code == 413, reply.text
+        assert f"The prompt of the task '{task}' is too large." in reply.json()["detail"]
+        assert "max_allowed_packet" in reply.json()["detail"]
     assert many["counts"]["answered"] == 2000
     stand.assert_ends_well()
 

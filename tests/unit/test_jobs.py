@@ -32,7 +32,7 @@ from gpt_worker.domain import (
     Role,
     utc_now,
 )
-from gpt_worker.errors import Conflict, Invalid, NotFound, TooMany, Unauthenticated
+from gpt_worker.errors import Conflict, Invalid, NotFound, TooLarge, TooMany, Unauthenticated
 from gpt_worker.jobs import SLICE_TOKENS, Idempotency, JobRequest, Jobs, ShortTurns
 from gpt_worker.models import JobRow
 from gpt_worker.store import deliveries as delivery_store
@@ -421,6 +421,22 @@ def test_retry_that_failed_between_slices_and_was_cancelled_then_is_let_be(
     assert handed_over == []
     assert jobs.find(caller, job_id).failed == 1
     jobs.check_limits(caller, None)
+
+
+def test_task_that_the_database_does_not_take_is_named(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise TooLarge("A text is larger than the database takes.")
+
+    monkeypatch.setattr(task_store, "add_tasks", refuse)
+    monkeypatch.setattr(database, "takes", lambda text: len(text) < 1000)
+    long = [NewTask(name, name * 1000, 250) for name in "bc"]
+
+    with pytest.raises(TooLarge, match=r"The prompt of the task 'b' is too large\. A text is larger"):
+        make_jobs(database).submit(Caller(), request(iter([NewTask("a", "short", 1), *long])))
+    with pytest.raises(TooLarge, match=r"^A text is larger"):
+        make_jobs(database).submit(Caller(), request(iter([NewTask("a", "short", 1)])))
 
 
 # A commit of which nobody knows whether it has landed
