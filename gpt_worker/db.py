@@ -135,9 +135,8 @@ class Database:
             with self.read() as session:
                 self._home.look_through(session)
         except DBAPIError as error:
-            reason = self._home.why_not_started(error)
-            if reason is None:
-                raise
+            said = str(error.orig).partition("\n")[0]  # what follows may show values
+            reason = self._home.why_not_started(error) or f"can't be brought to this version: {said}"
             raise SettingsError(f"{self._home} {reason}") from error
         self._home.opened()
         if isinstance(self._home, Server):
@@ -151,7 +150,7 @@ class Database:
         return cast(Callable[[], None], upgrade)
 
     def _is_migrated(self) -> bool:
-        """Whether no migration is due; an empty database gets its tables at once."""
+        """Whether no migration is due; an empty database gets its tables at once, if they are one transaction."""
         known = revisions()
         with self._write_at_last() as session:
             connection = session.connection()
@@ -160,12 +159,9 @@ class Database:
             stored: set[str] = set()
             if revision_table.name in tables:
                 stored.update(connection.scalars(select(revision_table.c.version_num)))
-            was_cut_short = (
-                self._home.makes_tables_singly and not stored and set(tables) & set(Base.metadata.tables)
-            )
-            if not tables or was_cut_short:
+            if not tables and not self._home.makes_tables_singly:
                 Base.metadata.create_all(connection)  # what the migrations make; none of them makes rows
-                revision_table.create(connection, checkfirst=True)
+                revision_table.create(connection)
                 connection.execute(insert(revision_table).values(version_num=known[-1]))
                 return True
         if not stored.issubset(known):

@@ -284,18 +284,23 @@ class Server:
 
     @property
     def makes_tables_singly(self) -> bool:
-        """Whether each table is committed as it is made, so that a start cut short leaves some of them."""
+        """Whether each table is committed as it is made: a start cut short leaves some, and the next makes the rest."""
         return self._dialect in ("mysql", "oracle")
 
     def lock_tables(self, connection: Connection) -> None:
-        """Let no other service make or change the tables, until this connection's transaction, or itself, has ended."""
+        """Let no other service make or change the tables, until this connection's transaction, or itself, has ended.
+
+        Raises SettingsError on MySQL, where another takes too long for that.
+        """
         if self._dialect == "postgresql":
             connection.execute(select(func.pg_advisory_xact_lock(TABLES_LOCK)))
         elif self._dialect == "mysql":
-            connection.execute(
+            got = connection.scalar(
                 text("SELECT GET_LOCK(SHA2(CONCAT('gpt-worker ', DATABASE()), 224), :wait_s)"),
                 {"wait_s": int(START_WAIT_S)},
             )
+            if not got:  # a statement of one that was killed goes on too
+                raise SettingsError(f"{self} is being changed by another gpt-worker: wait for it to finish")
 
     def look_through(self, session: Session) -> None:
         """The server looks after its files."""

@@ -1,4 +1,4 @@
-"""How Alembic runs our migrations: on the application's own engine, one transaction a migration."""
+"""How Alembic runs our migrations: on the application's own engine, one transaction a migration (but: `repeatable`)."""
 
 from typing import Any, Literal
 
@@ -7,6 +7,7 @@ from alembic.autogenerate.api import AutogenContext
 from flask import current_app
 from sqlalchemy import Connection
 
+import gpt_worker.migrations.repeatable  # noqa: F401 (Alembic then takes its steps)
 from gpt_worker.models import Base, LongText
 
 
