@@ -1,14 +1,22 @@
 """The start of a service whose database is on a server: what it waits for, what it refuses, which tables it makes."""
 
+import itertools
 import signal
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import flask_migrate
 import pytest
-from sqlalchemy import NullPool, create_engine, inspect
+from flask import Flask
+from sqlalchemy import Engine, NullPool, create_engine, event, inspect, text
 
+from config import SettingsError
+from gpt_worker import db_servers
+from gpt_worker.db import Database, revisions
+from gpt_worker.models import Base
 from tests.servers import Server, query, url_of
 from tests.service import Env, Service
 from tests.stand import Stand
@@ -122,7 +130,71 @@ def shape(service: Service) -> dict[str, Any]:
         }
 
 
-def test_migrations_make_the_same_tables_as_a_fresh_start(
+@contextmanager
+def opened(service: Service) -> Iterator[Database]:
+    """The service's database as a start has it, in this process."""
+    app = Flask("test")
+    database = Database(app, url_of(service).render_as_string(hide_password=False))
+    try:
+        with app.app_context():
+            yield database
+    finally:
+        database.close()
+
+
+def migrate(service: Service, revision: str | None = None) -> None:
+    """As a start does; or with Alembic to an older revision, up or down."""
+    with opened(service) as database:
+        if revision is None:
+            database.migrate()
+        else:
+            database._load_alembic()
+            go = flask_migrate.downgrade if stored_revision(service) > revision else flask_migrate.upgrade
+            go(revision=revision)
+
+
+class Cut(Exception):
+    """The service was killed."""
+
+
+def is_cut(service: Service, after: int, revision: str | None = None) -> bool:
+    """Whether a migration had so many statements that make, change or drop something; it is cut after that one."""
+    left = after
+
+    def after_cursor_execute(_connection: object, _cursor: object, statement: str, *_others: object) -> None:
+        nonlocal left
+        left -= statement.lstrip().startswith(("CREATE ", "ALTER ", "DROP "))
+        if not left:
+            raise Cut
+
+    event.listen(Engine, "after_cursor_execute", after_cursor_execute)
+    try:
+        migrate(service, revision)
+    except Cut:
+        return True
+    finally:
+        event.remove(Engine, "after_cursor_execute", after_cursor_execute)
+    return False
+
+
+def stored_revision(service: Service) -> str:
+    """Empty before the first."""
+    engine = create_engine(url_of(service), poolclass=NullPool)
+    with engine.connect() as connection:
+        if not inspect(connection).has_table("alembic_version"):
+            return ""
+        return connection.scalar(text("SELECT version_num FROM alembic_version")) or ""
+
+
+def shape_of_models(server: Server, tmp_path: Path) -> dict[str, Any]:
+    with server.database() as env:
+        service = Service(tmp_path / "models", env)
+        engine = create_engine(url_of(service), poolclass=NullPool)
+        Base.metadata.create_all(engine)
+        return shape(service)
+
+
+def test_fresh_and_old_databases_get_the_tables_of_the_models(
     tmp_path: Path, server: Server, upstream: Upstream
 ) -> None:
     with server.database() as fresh, server.database() as old, ExitStack() as stack:
@@ -134,7 +206,87 @@ def test_migrations_make_the_same_tables_as_a_fresh_start(
             assert second.submit({"A": "upper", "a": "lower"}).json()["counts"]["answered"] == 2
             migrated = shape(second)
 
-        assert migrated == shape(first)
+        assert migrated == shape(first) == shape_of_models(server, tmp_path)
+
+
+# "" is an empty database.
+@pytest.mark.parametrize("old", ["", *revisions()[:-1]])
+def test_upgrade_that_is_cut_anywhere_is_finished_by_the_next_start(
+    tmp_path: Path, server: Server, old: str
+) -> None:
+    wanted = shape_of_models(server, tmp_path)
+
+    for after in itertools.count(1):
+        with server.database() as env:
+            service = Service(tmp_path / str(after), env)
+            if old:
+                migrate(service, old)
+            if not is_cut(service, after):
+                break
+            migrate(service)
+
+            assert shape(service) == wanted, after
+            assert stored_revision(service) == revisions()[-1]
+    assert after > 1
+
+
+@pytest.mark.parametrize("server", ["pgsql"], indirect=True)
+def test_upgrade_that_is_cut_leaves_an_older_revision_whole(tmp_path: Path, server: Server) -> None:
+    shapes: dict[str, dict[str, Any]] = {"": {}}
+    with server.database() as env:
+        service = Service(tmp_path / "whole", env)
+        for revision in revisions():
+            migrate(service, revision)
+            shapes[revision] = shape(service)
+
+    met = []
+    for after in itertools.count(1):
+        with server.database() as env:
+            service = Service(tmp_path / str(after), env)
+            migrate(service, "0001")
+            if not is_cut(service, after):
+                break
+            met.append(stored_revision(service))
+
+            assert shape(service) == shapes[met[-1]], after
+    assert sorted(set(met)) == revisions()[:-1]
+
+
+def test_downgrade_that_is_cut_anywhere_can_be_taken_again(tmp_path: Path, server: Server) -> None:
+    for after in itertools.count(1):
+        with server.database() as env:
+            service = Service(tmp_path / str(after), env)
+            migrate(service, "0001")
+            wanted = shape(service)
+            migrate(service)
+            if not is_cut(service, after, "0001"):
+                break
+            migrate(service, "0001")
+
+            assert shape(service) == wanted, after
+    assert after > 1
+
+
+def test_table_of_another_program_ends_the_start_in_one_line(stand: Stand) -> None:
+    migrate(stand, "0002")
+    query(stand, "CREATE TABLE result_files (pet INTEGER)")
+
+    line = stand.refusal()
+
+    assert "can't be brought to this version" in line
+    assert "result_files" in line
+
+
+@pytest.mark.parametrize("server", ["mysql"], indirect=True)
+def test_start_waits_no_longer_for_another_that_makes_the_tables(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(db_servers, "START_WAIT_S", 1.0)
+    with opened(stand) as first, first.write() as session:
+        first._home.lock_tables(session.connection())
+
+        with pytest.raises(SettingsError, match="another gpt-worker"):
+            migrate(stand)
 
 
 def test_database_of_a_newer_version_is_refused(stand: Stand) -> None:

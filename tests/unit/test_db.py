@@ -1,5 +1,6 @@
 """Bringing a database to this version: an empty one, an older one, one that is up to date, and one that is newer."""
 
+import itertools
 import shutil
 import sqlite3
 from contextlib import closing
@@ -11,6 +12,7 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from flask import Flask
 from flask_migrate import Migrate, upgrade
+from sqlalchemy import Engine, event
 
 from config import SettingsError
 from gpt_worker import db
@@ -44,6 +46,14 @@ def migrated_by_alembic(path: Path, revision: str = "head") -> None:
     with app.app_context():
         upgrade(revision=revision)
     database.close()
+
+
+def use_next_migration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, migration: str = NEXT_MIGRATION
+) -> None:
+    migrations = Path(shutil.copytree(MIGRATIONS, tmp_path / "migrations"))
+    (migrations / "versions" / f"{NEXT}_note.py").write_text(migration)
+    monkeypatch.setattr(db, "MIGRATIONS", migrations)
 
 
 def rows(path: Path, query: str) -> list[tuple[Any, ...]]:
@@ -108,14 +118,90 @@ def test_an_old_database_gets_the_migrations_it_lacks(
     path = tmp_path / "jobs"
     migrated(path)
     rows(path, "INSERT INTO modes VALUES ('auth', 'false')")
-    migrations = Path(shutil.copytree(MIGRATIONS, tmp_path / "migrations"))
-    (migrations / "versions" / f"{NEXT}_note.py").write_text(NEXT_MIGRATION)
-    monkeypatch.setattr(db, "MIGRATIONS", migrations)
+    use_next_migration(tmp_path, monkeypatch)
 
     migrated(path)
 
     assert rows(path, "SELECT * FROM modes") == [("auth", "false", None)]
     assert stored_revision(path) == [(NEXT,)]
+
+
+class Cut(Exception):
+    """The service was killed."""
+
+
+def is_cut(path: Path, after: int) -> bool:
+    """Whether a start had so many statements that make or change something; it is cut after that one."""
+    left = after
+
+    def after_cursor_execute(_connection: object, _cursor: object, statement: str, *_others: object) -> None:
+        nonlocal left
+        left -= statement.lstrip().startswith(("CREATE ", "ALTER ", "DROP "))
+        if not left:
+            raise Cut
+
+    database = Database(Flask("test"), f"sqlite:///{path}")
+    event.listen(Engine, "after_cursor_execute", after_cursor_execute)
+    try:
+        database.migrate()
+    except Cut:
+        return True
+    finally:
+        event.remove(Engine, "after_cursor_execute", after_cursor_execute)
+        database.close()
+    return False
+
+
+def test_upgrade_that_is_cut_leaves_an_older_revision_whole(tmp_path: Path) -> None:
+    for revision in revisions():
+        migrated_by_alembic(tmp_path / revision, revision)
+
+    met = []
+    for after in itertools.count(1):
+        path = tmp_path / f"cut after {after}"
+        shutil.copy(tmp_path / "0001", path)
+        if not is_cut(path, after):
+            break
+        ((revision,),) = stored_revision(path)
+        met.append(revision)
+
+        assert tables(path) == tables(tmp_path / revision)
+        migrated(path)
+        assert tables(path) == tables(tmp_path / revisions()[-1])
+    assert sorted(set(met)) == revisions()[:-1]
+
+
+def test_first_start_that_is_cut_leaves_nothing(tmp_path: Path) -> None:
+    assert is_cut(tmp_path / "jobs", 5)
+
+    assert schema(tmp_path / "jobs") == {}
+
+
+def test_what_a_database_has_against_a_migration_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "jobs"
+    migrated(path)
+    rows(path, "ALTER TABLE modes ADD COLUMN note TEXT")
+    use_next_migration(tmp_path, monkeypatch)
+
+    with pytest.raises(SettingsError) as refusal:
+        migrated(path)
+
+    assert str(refusal.value) == (
+        f"the database {path} can't be brought to this version: duplicate column name: note"
+    )
+
+
+def test_bug_of_a_migration_stays_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "jobs"
+    migrated(path)
+    use_next_migration(tmp_path, monkeypatch, NEXT_MIGRATION.replace("op.add_column", "op.ad_column"))
+
+    with pytest.raises(AttributeError, match="ad_column"):
+        migrated(path)
+
+    assert stored_revision(path) == [(revisions()[-2],)]
 
 
 def test_tasks_of_the_first_version_have_seen_no_crash(tmp_path: Path) -> None:

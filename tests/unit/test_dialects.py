@@ -22,6 +22,7 @@ from sqlalchemy.dialects import mssql, mysql, oracle, postgresql, sqlite
 from sqlalchemy.orm import Session
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+import gpt_worker.migrations.repeatable  # noqa: F401 (the steps of MySQL and Oracle, as env.py has them)
 from gpt_worker.db import MIGRATIONS, Database
 from gpt_worker.domain import (
     Answer,
@@ -322,7 +323,10 @@ def test_every_migration_has_words_there_and_back(name: str) -> None:
 
     up, down = migrate(dialect, "upgrade"), migrate(dialect, "downgrade")
 
+    indexes = sum(len(table.indexes) for table in Base.metadata.sorted_tables)
     assert up.count("CREATE TABLE") == down.count("DROP TABLE") == len(Base.metadata.tables)
+    assert up.count("CREATE INDEX") == down.count("DROP INDEX") == indexes
+    assert up.count("crashes SMALLINT") == down.count("DROP COLUMN crashes") == 1
 
 
 @pytest.mark.parametrize(
