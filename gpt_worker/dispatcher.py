@@ -57,6 +57,7 @@ class Dispatcher:
         now_s: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
     ) -> None:
+        self._database = database
         self._recorder = recorder
         self._flights = flights
         self._call_deadline_s = call_deadline_s
@@ -160,7 +161,7 @@ class Dispatcher:
             job = self._queue.get(job_id)
             if job is None or job.sent or job.closing is not None:
                 return None
-            if not self._recorder.healthy:
+            if not self._may_send:
                 return Waiting("the database takes no answers", None)
             return standing.why_idle(job, self.lanes, self._now_s())
 
@@ -180,6 +181,15 @@ class Dispatcher:
     def full(self) -> bool:
         """Whether as many calls are in flight as may be, over all keys."""
         return self._in_flight >= self._max_in_flight
+
+    @property
+    def _may_send(self) -> bool:
+        """Whether answers are stored, and the tasks are surely ours to ask.
+
+        The clock tells the latter at once, also to a process that has just come back from a suspension, in which
+        another service may have taken them over; no commit needs to fail first.
+        """
+        return self._recorder.healthy and self._database.why_not_ours() is None
 
     def inspect(self, look: Callable[[Sequence[Lane], float], T]) -> T:
         """What `look(lanes, now_s)` makes of the lanes while nothing changes them."""
@@ -301,7 +311,7 @@ class Dispatcher:
 
     def _find(self, lane: Lane, now_s: float) -> Grant | float:
         """A task and its reservation in one step, or the seconds after which to look again."""
-        if not self._recorder.healthy:
+        if not self._may_send:
             return math.inf
         soonest_s = math.inf
         shut: set[str] = set()  # models of which nothing can go now
@@ -467,7 +477,7 @@ class Dispatcher:
         now_s = self._now_s()
         if (
             self._taking
-            and self._recorder.healthy
+            and self._may_send
             and now_s < grant.until_s
             and not job.front
             and lane.hold(job.model, now_s) is None

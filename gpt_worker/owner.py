@@ -14,19 +14,23 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.orm import Session
 
 from config import SettingsError
+from gpt_worker import db_servers
 from gpt_worker.db import Database, trouble_of
+from gpt_worker.db_servers import LOCK_TIMEOUT_S, what_happened
 from gpt_worker.errors import StartGivenUp
 from gpt_worker.models import OwnerRow
 from gpt_worker.ownership import InUse
 from gpt_worker.store import owners as owner_store
 from gpt_worker.write_gate import DatabaseUnusable
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 EXPIRES_AFTER_S = 30.0
@@ -35,6 +39,12 @@ RETRY_EVERY_S = 1.0
 LOOK_EVERY_S = 0.25  # while the row is another's
 GIVE_BACK_S = 2.0
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# Trouble that time may mend: for one, a suspended owner's transaction keeps the row locked until the server ends it,
+# which takes no longer than the row's expiry. A look waits for a lock by itself, and may begin just before that.
+PASSING = (db_servers.LOST, db_servers.BUSY)
+GIVE_UP_S = EXPIRES_AFTER_S + LOCK_TIMEOUT_S
+# On Linux the clock of `time.monotonic` stands still while the machine sleeps; and on macOS, but not CLOCK_MONOTONIC.
+CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 LOST = (
     "Ownership: another gpt-worker has taken the database over; start this one anew to have it wait for it."
 )
@@ -43,11 +53,20 @@ UNSURE = (
 )
 
 
+def awake_or_asleep_s() -> float:
+    """Monotonic seconds, those in which the machine sleeps among them."""
+    return time.clock_gettime(CLOCK)
+
+
 class Owner:
-    """This service's claim; `on_doubt` and `on_sure` tell when it must not send anything, and when it may again."""
+    """This service's claim; nothing may be sent or written while there is `trouble` with it.
+
+    `on_doubt` tells that the renewals have failed for too long, or that it is lost: later than `trouble`, which is
+    asked before anything is sent. `on_sure` tells that a renewal has ended the trouble.
+    """
 
     def __init__(
-        self, database: Database, lock_file: Path, now_s: Callable[[], float] = time.monotonic
+        self, database: Database, lock_file: Path, now_s: Callable[[], float] = awake_or_asleep_s
     ) -> None:
         self._database = database
         self._lock_file = lock_file
@@ -67,35 +86,23 @@ class Owner:
         """Why this service may not write, for people; None while it owns the database."""
         if self._lost:
             return LOST
-        return UNSURE if self._held and self._now_s() > self._renewed_s + EXPIRES_AFTER_S else None
+        return UNSURE if self._held and self._may_have_expired(self._renewed_s) else None
 
     def acquire(self, is_wanted: Callable[[], bool]) -> None:
         """Take the row: a new, an expired or an earlier one of this DATA_DIR at once; without tables, do nothing.
 
-        Another's is waited for until it expires.
+        Another's is waited for until it expires; one that can't be looked at, as its owner was suspended in a
+        transaction for one, until that must have ended.
 
         Raises:
             InUse: it was renewed meanwhile, so its owner lives.
+            SettingsError: the database can't be used.
             StartGivenUp: this service `is_wanted` no more.
         """
-        if self._held:
+        if self._held or not self._at_last(self._has_table, is_wanted):
             return
-        with self._database.read() as session:
-            if not inspect(session.connection()).has_table(OwnerRow.__tablename__):
-                return
         seen: tuple[str, datetime] | None = None
-        while True:
-            try:
-                other = self._try()
-            except DBAPIError as error:
-                if not trouble_of(error):
-                    raise
-                raise SettingsError(f"the database can't be used: {trouble_of(error)}") from error
-            if other is None:
-                self._held = True
-                self._database.on_write = self._check
-                self._database.why_not_ours = lambda: self.trouble
-                return
+        while (other := self._at_last(self._try, is_wanted)) is not None:
             if seen is None:
                 log.info("the database is another's: waiting for its end", extra={"action": "owner_wait"})
             elif seen != (other.token, other.expires_at):
@@ -104,9 +111,10 @@ class Owner:
                     "stop that one, or name another database"
                 )
             seen = other.token, other.expires_at
-            if not is_wanted():
-                raise StartGivenUp
-            self._stopping.wait(LOOK_EVERY_S)
+            self._pause(is_wanted)
+        self._held = True
+        self._database.on_write = self._check
+        self._database.why_not_ours = lambda: self.trouble
 
     def start(self) -> None:
         """Begin to renew."""
@@ -120,7 +128,7 @@ class Owner:
 
     def renew(self) -> float:
         """Have the row for another while; the seconds after which to do so again."""
-        begun_s = self._now_s()
+        begun_s, renewed_s = self._now_s(), self._renewed_s
         try:
             self._save_alone(EXPIRES_AFTER_S)
         except Exception as error:
@@ -132,7 +140,10 @@ class Owner:
                 log.exception("The ownership can't be renewed.", extra={"action": "owner_renew"})
             return RETRY_EVERY_S
         self._renewed_s = begun_s
-        if self._doubted:
+        if self.trouble:  # this process was suspended meanwhile
+            return RETRY_EVERY_S
+        # Asked now, since other threads may have found trouble until a moment ago.
+        if self._doubted or self._may_have_expired(renewed_s):
             self._doubted = False
             self.on_sure()
         return RENEW_EVERY_S
@@ -147,10 +158,41 @@ class Owner:
                 log.warning("The database was not given back: %s", reason, extra={"action": "owner_stop"})
 
     def _run(self) -> None:
-        wait_s = RENEW_EVERY_S
+        # The row was taken a while ago, if the tables had to be changed since.
+        wait_s = max(0.0, self._renewed_s + RENEW_EVERY_S - self._now_s())
         while not self._stopping.wait(wait_s) and not self._lost:
             wait_s = self.renew()
         self.give_back()
+
+    def _at_last(self, look: Callable[[], T], is_wanted: Callable[[], bool]) -> T:
+        """What `look` returns once the database lets it: it is tried again while that may come to pass."""
+        give_up_s, is_told = self._now_s() + GIVE_UP_S, False
+        while True:
+            try:
+                return look()
+            except DBAPIError as error:
+                kind, words = what_happened(error) or (None, trouble_of(error))
+                if words is None:
+                    raise
+                if kind not in PASSING or self._now_s() > give_up_s:
+                    raise SettingsError(f"the database can't be used: {words}") from error
+                if not is_told:
+                    is_told = True
+                    message = "the database can't be used yet: %s"
+                    log.warning(message, words, extra={"action": "owner_wait"})
+            self._pause(is_wanted)
+
+    def _pause(self, is_wanted: Callable[[], bool]) -> None:
+        if not is_wanted():
+            raise StartGivenUp
+        self._stopping.wait(LOOK_EVERY_S)
+
+    def _may_have_expired(self, renewed_s: float) -> bool:
+        return self._now_s() > renewed_s + EXPIRES_AFTER_S
+
+    def _has_table(self) -> bool:
+        with self._database.read() as session:
+            return inspect(session.connection()).has_table(OwnerRow.__tablename__)
 
     def _save_alone(self, lasts_s: float) -> None:
         with self._database.write(urgent=True) as session:

@@ -21,6 +21,7 @@ from gpt_worker.gpt import Answers, Endpoint, Reply
 from gpt_worker.keys import KeyBoard
 from gpt_worker.lanes import Lane, LaneState
 from gpt_worker.models import JobRow
+from gpt_worker.owner import EXPIRES_AFTER_S, Owner
 from gpt_worker.rate_limit import Bound
 from gpt_worker.recorder import Recorder
 from gpt_worker.settling import share_out
@@ -914,6 +915,35 @@ def test_nothing_is_sent_while_answers_can_not_be_stored(build: Build) -> None:
 
     stand.wait_end(job)
     assert stand.job(job).answered == 80
+
+
+def test_nothing_is_sent_while_it_is_not_sure_that_the_database_is_ours(build: Build, tmp_path: Path) -> None:
+    stand, clock = build(answers, max_threads=4), FakeClock()
+    lock_file = tmp_path / "lock"
+    lock_file.touch()
+    owner = Owner(stand.database, lock_file, now_s=clock)
+    owner.on_sure = stand.dispatcher.wake
+    owner.acquire(lambda: True)
+    stand.endpoints[0].hold()
+    job = store(stand, tasks=80)
+    stand.start(job)
+    eventually(lambda: stand.loaded(job) and len(stand.prompts) == 1)
+
+    clock.advance(EXPIRES_AFTER_S + 1.0)  # a suspended process comes back: nothing has failed yet
+    stand.endpoints[0].release()
+    eventually(lambda: stand.job(job).answered == 1 and stand.lanes[0].waiting)
+    stand.dispatcher.wake()
+    eventually(lambda: stand.lanes[0].waiting)
+    assert stand.recorder.healthy
+    assert len(stand.prompts) == 1
+    waiting = stand.dispatcher.waiting(job.id)
+    assert waiting is not None
+    assert waiting.reason == "the database takes no answers"
+
+    owner.renew()
+    stand.wait_end(job)
+    assert stand.job(job).answered == 80
+    assert len(stand.prompts) == 80
 
 
 def test_stopping_lets_calls_in_flight_land_and_sends_nothing_new(build: Build) -> None:

@@ -1,15 +1,28 @@
 """Who owns a database on a server: at most one service, by a row that expires. On SQLite here: the rule is the same."""
 
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
 
+from config import SettingsError
 from gpt_worker.db import Database
 from gpt_worker.errors import StartGivenUp
 from gpt_worker.models import OwnerRow
-from gpt_worker.owner import EXPIRES_AFTER_S, LOST, RENEW_EVERY_S, RETRY_EVERY_S, UNSURE, Owner
+from gpt_worker.owner import (
+    EXPIRES_AFTER_S,
+    GIVE_UP_S,
+    LOST,
+    RENEW_EVERY_S,
+    RETRY_EVERY_S,
+    UNSURE,
+    Owner,
+)
 from gpt_worker.ownership import InUse
 from gpt_worker.store import owners as owner_store
 from gpt_worker.write_gate import DatabaseUnusable
@@ -125,6 +138,87 @@ def test_waiting_ends_at_once_when_it_is_not_wanted(database: Database, tmp_path
         make_owner(database, tmp_path, host="two").acquire(lambda: False)
 
 
+def driver_error(driver: str, *args: Any, sqlstate: str | None = None) -> OperationalError:
+    kind = type("OperationalError", (Exception,), {"__module__": f"{driver}.errors", "sqlstate": sqlstate})
+    return OperationalError("SELECT …", None, kind(*args))
+
+
+LOCKED = driver_error("psycopg", "canceling statement due to lock timeout", sqlstate="55P03")
+TRANSACTION_IN_THE_WAY = driver_error("pymysql", 1205, "Lock wait timeout exceeded")
+CONNECTION_LOST = driver_error("psycopg", "gone", sqlstate="08006")
+READ_ONLY = driver_error("psycopg", "read-only", sqlstate="25006")
+
+
+class LookFails:
+    """A look at the row that meets these errors first, the last of them again and again if it is `for_ever`."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *errors: OperationalError, for_ever: bool = False
+    ) -> None:
+        self.looks = 0
+        self._errors = errors
+        self._for_ever = for_ever
+        self._locked = owner_store.locked
+        monkeypatch.setattr(owner_store, "locked", self)
+        monkeypatch.setattr("gpt_worker.owner.LOOK_EVERY_S", 0.0)
+
+    def __call__(self, session: Session) -> OwnerRow | None:
+        self.looks += 1
+        if self.looks <= len(self._errors):
+            raise self._errors[self.looks - 1]
+        if self._for_ever:
+            raise self._errors[-1]
+        return self._locked(session)
+
+
+def test_row_that_is_locked_for_a_while_is_waited_for(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = LookFails(monkeypatch, LOCKED, CONNECTION_LOST, TRANSACTION_IN_THE_WAY)
+
+    owner = owned(database, tmp_path)
+
+    assert looks.looks == 4
+    assert owner.trouble is None
+    assert database.why_not_ours() is None
+
+
+def test_start_gives_up_a_row_that_stays_locked_with_one_plain_line(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock()
+    looks = LookFails(monkeypatch, LOCKED, for_ever=True)
+
+    def passes() -> bool:
+        clock.advance(10.0)
+        return True
+
+    with pytest.raises(SettingsError, match=r"^the database can't be used: another program holds a lock$"):
+        make_owner(database, tmp_path, clock=clock).acquire(passes)
+
+    assert looks.looks == GIVE_UP_S / 10.0 + 2
+
+
+def test_waiting_for_a_locked_row_ends_at_once_when_it_is_not_wanted(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    LookFails(monkeypatch, LOCKED, for_ever=True)
+
+    with pytest.raises(StartGivenUp):
+        make_owner(database, tmp_path).acquire(lambda: False)
+
+
+def test_database_that_refuses_is_not_waited_for(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = LookFails(monkeypatch, READ_ONLY, for_ever=True)
+
+    with pytest.raises(SettingsError, match="the database is read-only"):
+        make_owner(database, tmp_path).acquire(wanted)
+
+    assert looks.looks == 1
+
+
 def test_nothing_is_written_by_a_service_that_has_lost_the_row(database: Database, tmp_path: Path) -> None:
     first = owned(database, tmp_path, host="one")
     check_of_first, why_not_first, doubts = database.on_write, database.why_not_ours, []
@@ -182,6 +276,65 @@ def test_owner_who_can_not_renew_is_unsure_until_it_can(
     assert told == ["doubt", "sure"]
     assert in_doubt == UNSURE
     assert owner.trouble is None
+
+
+def test_owner_who_was_suspended_for_too_long_is_unsure_at_once_and_sure_by_a_renewal(
+    database: Database, tmp_path: Path
+) -> None:
+    clock, told = FakeClock(), []
+    owner = owned(database, tmp_path, clock=clock)
+    owner.on_doubt, owner.on_sure = lambda: told.append("doubt"), lambda: told.append("sure")
+
+    clock.advance(EXPIRES_AFTER_S + 1.0)
+    at_once = database.why_not_ours()
+    wait_s = owner.renew()
+
+    assert at_once == UNSURE
+    assert wait_s == RENEW_EVERY_S
+    assert database.why_not_ours() is None
+    assert told == ["sure"], "who waits for it is not told"
+
+
+def test_renewal_in_which_the_owner_was_suspended_makes_nothing_sure(
+    database: Database, tmp_path: Path
+) -> None:
+    clock, told = FakeClock(), []
+    owner = owned(database, tmp_path, clock=clock)
+    owner.on_sure = lambda: told.append("sure")
+    check = database.on_write
+
+    def is_suspended(session: Session) -> None:
+        clock.advance(EXPIRES_AFTER_S + 1.0)
+        check(session)
+
+    database.on_write = is_suspended
+    waits = [owner.renew()]
+    unsure, told_early = owner.trouble, list(told)
+    database.on_write = check
+    waits.append(owner.renew())
+
+    assert waits == [RETRY_EVERY_S, RENEW_EVERY_S]
+    assert (unsure, told_early) == (UNSURE, [])
+    assert (owner.trouble, told) == (None, ["sure"])
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="its CLOCK_MONOTONIC counts the sleep")
+def test_sleep_of_the_machine_counts(
+    database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock_file = tmp_path / "lock"
+    lock_file.touch()
+    owner = Owner(database, lock_file)
+    owner.acquire(wanted)
+    slept_s = EXPIRES_AFTER_S + 1.0
+    clock_gettime = time.clock_gettime
+
+    def after_sleep(clock: int) -> float:
+        return clock_gettime(clock) + (slept_s if clock == time.CLOCK_BOOTTIME else 0.0)
+
+    monkeypatch.setattr(time, "clock_gettime", after_sleep)
+
+    assert owner.trouble == UNSURE
 
 
 def test_row_given_back_is_free_at_once(database: Database, tmp_path: Path) -> None:
