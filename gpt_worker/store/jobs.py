@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session, defer
 
 from gpt_worker.domain import HIDDEN, UNFINISHED, VISIBLE, Caller, ErrorCode, JobStatus, TaskState, Usage
 from gpt_worker.models import DeliveryRow, IdempotencyRow, JobRow, TaskRow, UserRow
+from gpt_worker.store.owners import UPDATE_LOCK
 
 _JOBS = cast(Table, JobRow.__table__)
 _COUNTS = ("answered", "failed", "results_bytes", "requests", "prompt_tokens", "completion_tokens")
@@ -98,7 +99,8 @@ def is_visible(session: Session, job_id: str) -> bool:
 
 def lock_job(session: Session, job_id: str) -> JobRow | None:
     """The job as it is when no other transaction is about to change it, one of a connection that we lost among them."""
-    return session.get(JobRow, job_id, with_for_update=True)
+    statement = select(JobRow).where(JobRow.id == job_id).with_for_update()
+    return session.scalars(statement.with_hint(JobRow, UPDATE_LOCK, "mssql")).one_or_none()
 
 
 def run_of(session: Session, job_id: str) -> int | None:
