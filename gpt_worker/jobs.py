@@ -289,7 +289,7 @@ class Jobs:
             job_store.discard(session, job_id)
             if claim is not None:
                 job_store.free_key(session, claim)
-        self._on_discarded()
+        self._let_go(job_id)
 
     def _free(self, claim: IdempotencyRow) -> None:
         """Its Idempotency-Key is free again, if it was ever taken."""

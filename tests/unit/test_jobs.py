@@ -166,14 +166,18 @@ def statuses(database: Database) -> list[str]:
 def store_failed_job(database: Database, owner_id: str, tasks: int) -> str:
     """A finished job of which every task has failed."""
     job = factories.store_job(database=database, owner_id=owner_id, tasks=tasks)
+    end_with_failures(database, job.id)
+    return job.id
+
+
+def end_with_failures(database: Database, job_id: str) -> None:
     with database.write() as session:
         after: int | None = -1
         while after is not None:
-            failed, after = task_store.fail_pending(session, job.id, CANCELLED, after=after, spare=())
-            job_store.add_progress(session, job.id, JobProgress(failed=failed))
+            failed, after = task_store.fail_pending(session, job_id, CANCELLED, after=after, spare=())
+            job_store.add_progress(session, job_id, JobProgress(failed=failed))
     with database.write() as session:
-        assert job_store.end_if_done(session, job.id, utc_now())
-    return job.id
+        assert job_store.end_if_done(session, job_id, utc_now())
 
 
 def unfinished(database: Database, owner_id: str | None) -> Unfinished:
@@ -458,6 +462,28 @@ def test_submit_whose_first_commit_raised_is_taken_back(
     assert (statuses(database), told.added) == ([JobStatus.DISCARDED] if lands else [], [])
     again = jobs.submit(Caller(), request(one_a_slice(slices)), key)
     assert (again.replayed, len(told.added)) == (False, 1)
+
+
+def test_job_of_a_submit_that_is_taken_back_late_may_have_been_retried_and_is_forgotten(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    jobs, discard = make_jobs(database, told=told), job_store.discard
+
+    def fail_once(*_arguments: object) -> None:
+        monkeypatch.setattr(job_store, "discard", discard)
+        raise DatabaseUnusable("it is locked")
+
+    monkeypatch.setattr(job_store, "discard", fail_once)
+    with commit_lost(lands=True):
+        jobs.submit(Caller(), request(one_a_slice(1)))
+    [job] = jobs.list(Caller(), everyone=False, status=None, before=None, limit=9)
+    jobs.cancel(Caller(), job.id)
+    end_with_failures(database, job.id)
+    assert jobs.retry(Caller(), job.id, None)
+    jobs.work_off()
+
+    assert (statuses(database), told.forgotten) == ([JobStatus.DISCARDED], [job.id])
 
 
 @BOTH
