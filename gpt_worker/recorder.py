@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -17,12 +17,12 @@ from sqlalchemy.orm import Session
 
 from gpt_worker.db import Database, log_failure
 from gpt_worker.domain import Answer, DeliveryMode, ErrorCode, Failure, Outcome, utc_now
-from gpt_worker.models import JobRow
 from gpt_worker.store import deliveries as delivery_store
 from gpt_worker.store import jobs as job_store
 from gpt_worker.store import result_files as file_store
 from gpt_worker.store import tasks as task_store
-from gpt_worker.store.jobs import JobProgress
+from gpt_worker.store.jobs import JobProgress, Standing
+from gpt_worker.store.tasks import NotAllPending
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ MAX_INBOX_BYTES = 32 << 20
 FIRST_RETRY_S = 0.1
 LONGEST_RETRY_S = 5.0
 COMMIT_GAP_S = 0.025  # a commit costs as much as several calls: on a fast endpoint, groups are let grow
+ByJob = Mapping[str, list[Outcome]]
+Recording = Callable[[Session, ByJob], dict[str, JobProgress]]
 UNSTORABLE = Failure(ErrorCode.BAD_RESPONSE, "the answer is larger than the database takes")
 
 
@@ -52,6 +54,8 @@ class _Group:
 
     outcomes: list[Outcome]
     started: list[str]
+    # Of its jobs that were asked for, when it is stored; known once a commit of it was tried.
+    requests: dict[str, int] = field(default_factory=dict)
 
     @property
     def job_ids(self) -> set[str]:
@@ -172,7 +176,7 @@ class Recorder:
     def _can_not_wait(self) -> bool:
         return bool(self._hurry or self._closings or self._stopping or len(self._outcomes) >= MAX_INBOX // 2)
 
-    def _persist(self, commit: Callable[[], list[JobRow]], job_ids: Collection[str]) -> None:
+    def _persist(self, commit: Callable[[], list[Standing]], job_ids: Collection[str]) -> None:
         """Commit until it is done, then tell who waits for it."""
         retry_s = FIRST_RETRY_S
         while True:
@@ -207,27 +211,25 @@ class Recorder:
         if ended:
             self.on_file()
 
-    def _commit_group(self, group: _Group) -> list[JobRow]:
+    def _commit_group(self, group: _Group) -> list[Standing]:
+        """In few statements for all jobs of the group; in some for each, if it decides what is decided already."""
+        try:
+            return self._store_group(group, _record_together)
+        except NotAllPending:
+            return self._store_group(group, _record_singly)
+
+    def _store_group(self, group: _Group, record: Recording) -> list[Standing]:
         now = utc_now()
         by_job: dict[str, list[Outcome]] = {}
         for outcome in group.outcomes:
             by_job.setdefault(outcome.job_id, []).append(self._storable(outcome))
         with self._database.write(urgent=True) as session:
-            for job_id in group.started:
-                job_store.start(session, job_id, now)
-            for job_id, outcomes in by_job.items():
-                progress = JobProgress(
-                    answered=task_store.record_answers(session, job_id, outcomes),
-                    failed=task_store.record_failures(session, job_id, outcomes),
-                )
-                if not (progress.answered or progress.failed) and any(map(_decided, outcomes)):
-                    continue  # this very group was stored already, by a commit that seemed to fail
-                progress.results_bytes = sum(map(_result_bytes, outcomes))
-                task_store.record_attempts(session, job_id, outcomes)
-                for outcome in outcomes:
-                    progress.add_call(outcome.calls, outcome.usage)
-                job_store.add_progress(session, job_id, progress)
-            return self._end_jobs(session, by_job, now)
+            if not _is_stored(session, group):
+                job_store.start(session, group.started, now)
+                job_store.add_progress(session, record(session, by_job))
+            jobs = self._end_jobs(session, by_job, now)
+            group.requests = {job.id: job.requests for job in jobs if any(o.calls for o in by_job[job.id])}
+        return _over(jobs)
 
     def _storable(self, outcome: Outcome) -> Outcome:
         """The outcome, or that its answer is too large for the database."""
@@ -235,7 +237,7 @@ class Recorder:
             return replace(outcome, decision=UNSTORABLE)
         return outcome
 
-    def _commit_slice(self, closing: _Closing) -> list[JobRow]:
+    def _commit_slice(self, closing: _Closing) -> list[Standing]:
         if closing.after is None:
             return []
         with self._database.write(urgent=True) as session:
@@ -245,37 +247,66 @@ class Recorder:
             failed, after = task_store.fail_pending(
                 session, closing.job_id, closing.failure, after=closing.after, spare=closing.spare
             )
-            job_store.add_progress(
-                session,
-                closing.job_id,
-                JobProgress(failed=failed, results_bytes=failed * len(closing.failure.message)),
-            )
-            ended = self._end_jobs(session, [closing.job_id], utc_now()) if after is None else []
+            progress = JobProgress(failed=failed, results_bytes=failed * len(closing.failure.message))
+            job_store.add_progress(session, {closing.job_id: progress})
+            jobs = self._end_jobs(session, [closing.job_id], utc_now()) if after is None else []
         closing.after = after
-        return ended
+        return _over(jobs)
 
-    def _end_jobs(self, session: Session, job_ids: Collection[str], now: datetime) -> list[JobRow]:
-        ended: list[JobRow] = []
-        for job_id in job_ids:
-            if not job_store.is_decided(session, job_id):
-                continue
-            job = job_store.end_if_done(session, job_id, now)
-            if job is None:
-                job = job_store.get_job(session, job_id)
-                if job is not None and job.finished_at is not None:
-                    ended.append(job)  # by a commit that seemed to fail: who waits for it was not told
-                continue
-            if job.delivery == DeliveryMode.WEBHOOK:
-                delivery_store.add_job_delivery(
-                    session, job_id=job.id, owner_id=job.owner_id, run=job.run, url=self._webhook_url, now=now
-                )
-            file_store.owe(session, job.id, job.run, now)
-            ended.append(job)
-        return ended
+    def _end_jobs(self, session: Session, job_ids: Collection[str], now: datetime) -> list[Standing]:
+        """End those whose tasks are all decided; how far the jobs were before."""
+        jobs = job_store.standings(session, job_ids)
+        if ending := [job for job in jobs if job.is_to_end]:
+            job_store.end(session, [job.id for job in ending], now)
+            webhooks = [job for job in ending if job.delivery == DeliveryMode.WEBHOOK]
+            delivery_store.add_job_deliveries(session, webhooks, self._webhook_url, now)
+            file_store.owe(session, [(job.id, job.run) for job in ending], now)
+        return jobs
 
 
-def _decided(outcome: Outcome) -> bool:
-    return outcome.decision is not None
+def _over(jobs: Iterable[Standing]) -> list[Standing]:
+    """Those that have ended now, or by a commit that seemed to fail: who waits for them was not told."""
+    return [job for job in jobs if job.is_to_end or job.finished_at is not None]
+
+
+def _is_stored(session: Session, group: _Group) -> bool:
+    """Whether a commit that seemed to fail has stored the group, whole as commits are; nobody else counts requests."""
+    jobs = job_store.standings(session, group.requests)
+    return any(job.requests == group.requests[job.id] for job in jobs)
+
+
+def _record_together(session: Session, by_job: ByJob) -> dict[str, JobProgress]:
+    """Raises NotAllPending if not all is recorded."""
+    everything = [outcome for outcomes in by_job.values() for outcome in outcomes]
+    task_store.record_decisions(session, everything)
+    task_store.record_attempts(session, everything)
+    return {job_id: _progress(outcomes, *_decided(outcomes)) for job_id, outcomes in by_job.items()}
+
+
+def _record_singly(session: Session, by_job: ByJob) -> dict[str, JobProgress]:
+    """By finding out for each job how many of its tasks are decided by this."""
+    progress: dict[str, JobProgress] = {}
+    for job_id, outcomes in by_job.items():
+        answered = task_store.record_answers(session, outcomes)
+        failed = task_store.record_failures(session, outcomes)
+        if not (answered or failed) and any(_decided(outcomes)):
+            continue  # this very group was stored already, by a commit that seemed to fail
+        task_store.record_attempts(session, outcomes)
+        progress[job_id] = _progress(outcomes, answered, failed)
+    return progress
+
+
+def _decided(outcomes: Iterable[Outcome]) -> tuple[int, int]:
+    """How many of the outcomes are answers, and failures."""
+    kinds = [type(outcome.decision) for outcome in outcomes]
+    return kinds.count(Answer), kinds.count(Failure)
+
+
+def _progress(outcomes: Iterable[Outcome], answered: int, failed: int) -> JobProgress:
+    progress = JobProgress(answered, failed, sum(map(_result_bytes, outcomes)))
+    for outcome in outcomes:
+        progress.add_call(outcome.calls, outcome.usage)
+    return progress
 
 
 def _result_bytes(outcome: Outcome) -> int:

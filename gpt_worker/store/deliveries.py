@@ -1,18 +1,22 @@
 """Queries on the outbox: webhook deliveries and the attempts to deliver them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, cast
 
-from sqlalchemy import case, delete, exists, func, select, update
+from sqlalchemy import Table, case, delete, exists, func, select, update
 from sqlalchemy.orm import Session, defer
 
 from gpt_worker.domain import HIDDEN, Caller, DeliveryStatus, new_id, utc_now
 from gpt_worker.models import AttemptRow, DeliveryRow, JobRow
+from gpt_worker.store import bulk
+from gpt_worker.store.jobs import Standing
 
 JOB_FINISHED = "job.finished"
 SLICE_DELIVERIES = 1000
 TRIES = 8  # of one schedule: the first attempt, and one after each of the seven waits
+_DELIVERIES = cast(Table, DeliveryRow.__table__)
 OWED = (DeliveryStatus.PREPARING, DeliveryStatus.PENDING)
 
 
@@ -43,37 +47,42 @@ class DeliveryRecord:
     attempts: Sequence[AttemptRow]
 
 
-def add_job_delivery(
-    session: Session, *, job_id: str, owner_id: str | None, run: int, url: str, now: datetime
-) -> str:
-    """Owe the webhook of a job that ends in this very commit; its id."""
-    delivery = _new(owner_id, JOB_FINISHED, url, DeliveryStatus.PREPARING, now)
-    delivery.job_id, delivery.run = job_id, run
-    session.add(delivery)
-    return delivery.id
+def add_job_deliveries(session: Session, jobs: Iterable[Standing], url: str, now: datetime) -> list[str]:
+    """Owe the webhooks of jobs that end in this very commit; their ids."""
+    rows = [
+        {
+            **_new(job.owner_id, JOB_FINISHED, url, DeliveryStatus.PREPARING, now),
+            "job_id": job.id,
+            "run": job.run,
+        }
+        for job in jobs
+    ]
+    if rows:
+        bulk.insert_rows(session.connection(), _DELIVERIES, [*rows[0]], [(*row.values(),) for row in rows])
+    return [row["id"] for row in rows]
 
 
 def add_frozen(
     session: Session, *, owner_id: str | None, kind: str, url: str, body: str, now: datetime
 ) -> str:
     """Owe a message whose body stands already; its id."""
-    delivery = _new(owner_id, kind, url, DeliveryStatus.PENDING, now)
-    delivery.body = body
+    delivery = DeliveryRow(**_new(owner_id, kind, url, DeliveryStatus.PENDING, now), body=body)
     session.add(delivery)
     return delivery.id
 
 
-def _new(owner_id: str | None, kind: str, url: str, status: DeliveryStatus, now: datetime) -> DeliveryRow:
-    return DeliveryRow(
-        id=f"msg_{new_id()}",
-        owner_id=owner_id,
-        type=kind,
-        url=url,
-        status=status,
-        tries_left=TRIES,
-        next_attempt_at=now,
-        created_at=now,
-    )
+def _new(owner_id: str | None, kind: str, url: str, status: DeliveryStatus, now: datetime) -> dict[str, Any]:
+    return {
+        "id": f"msg_{new_id()}",
+        "owner_id": owner_id,
+        "type": kind,
+        "url": url,
+        "status": status,
+        "attempts": 0,
+        "tries_left": TRIES,
+        "next_attempt_at": now,
+        "created_at": now,
+    }
 
 
 def list_due(

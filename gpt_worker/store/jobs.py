@@ -1,26 +1,61 @@
 """Queries on jobs and their idempotency keys."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from sqlalchemy import CursorResult, Table, bindparam, delete, exists, func, or_, select, update
+from sqlalchemy import CursorResult, Table, bindparam, case, delete, exists, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, defer
 
 from gpt_worker.domain import HIDDEN, UNFINISHED, VISIBLE, Caller, ErrorCode, JobStatus, TaskState, Usage
 from gpt_worker.models import DeliveryRow, IdempotencyRow, JobRow, TaskRow, UserRow
+from gpt_worker.store.bulk import EachUpdate
 from gpt_worker.store.owners import UPDATE_LOCK
 
+MAX_IDS = 500  # in a statement; Oracle takes 1,000
 _JOBS = cast(Table, JobRow.__table__)
 _COUNTS = ("answered", "failed", "results_bytes", "requests", "prompt_tokens", "completion_tokens")
 
 # A statement that is run all the time is built once, and below the ORM.
-_ADD_PROGRESS = (
+_ADD_PROGRESS = EachUpdate(_JOBS, ("id",), _COUNTS, adds=True)
+_THESE = _JOBS.c.id.in_(bindparam("b_jobs", expanding=True))
+_START = (
     update(_JOBS)
-    .where(_JOBS.c.id == bindparam("b_job"))
-    .values({name: _JOBS.c[name] + bindparam(f"b_{name}") for name in _COUNTS})
+    .where(_THESE, _JOBS.c.status == JobStatus.QUEUED)
+    .values(status=JobStatus.RUNNING, started_at=bindparam("b_at"))
+)
+_STANDINGS = select(
+    _JOBS.c.id,
+    _JOBS.c.run,
+    _JOBS.c.owner_id,
+    _JOBS.c.delivery,
+    _JOBS.c.status,
+    _JOBS.c.total,
+    _JOBS.c.answered,
+    _JOBS.c.failed,
+    _JOBS.c.requests,
+    _JOBS.c.finished_at,
+).where(_THESE)
+# succeeded: every task answered; partial: some; failed: none.
+_END = (
+    update(_JOBS)
+    .where(
+        _THESE,
+        _JOBS.c.answered + _JOBS.c.failed >= _JOBS.c.total,
+        _JOBS.c.finished_at.is_(None),
+        _JOBS.c.status.not_in(HIDDEN),
+    )
+    .values(
+        status=case(
+            (_JOBS.c.status == JobStatus.CANCELLED, _JOBS.c.status),
+            (_JOBS.c.answered == _JOBS.c.total, JobStatus.SUCCEEDED),
+            (_JOBS.c.answered > 0, JobStatus.PARTIAL),
+            else_=JobStatus.FAILED,
+        ),
+        finished_at=bindparam("b_at"),
+    )
 )
 _UNFINISHED_OF = select(
     func.count(),
@@ -31,10 +66,6 @@ _UNFINISHED_OF = select(
 ).where(_JOBS.c.status.in_(UNFINISHED))
 UNFINISHED_OF_USER = _UNFINISHED_OF.where(_JOBS.c.owner_id == bindparam("b_owner"))
 UNFINISHED_OF_NOBODY = _UNFINISHED_OF.where(_JOBS.c.owner_id.is_(None))
-_IS_DECIDED = select(_JOBS.c.id).where(
-    _JOBS.c.id == bindparam("b_job"),
-    or_(_JOBS.c.answered + _JOBS.c.failed >= _JOBS.c.total, _JOBS.c.finished_at.is_not(None)),
-)
 
 
 @dataclass(slots=True)
@@ -52,6 +83,28 @@ class JobProgress:
         self.requests += calls
         self.prompt_tokens += usage.prompt_tokens
         self.completion_tokens += usage.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a job is."""
+
+    id: str
+    run: int
+    owner_id: str | None
+    delivery: str
+    status: str
+    total: int
+    answered: int
+    failed: int
+    requests: int
+    finished_at: datetime | None
+
+    @property
+    def is_to_end(self) -> bool:
+        """Whether its tasks are all decided, and nobody has ended it."""
+        is_decided = self.answered + self.failed >= self.total
+        return is_decided and self.finished_at is None and self.status not in HIDDEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,42 +242,40 @@ def queue(session: Session, job_id: str, total: int, results_bytes: int) -> None
     )
 
 
-def start(session: Session, job_id: str, at: datetime) -> None:
-    session.execute(
-        update(JobRow)
-        .where(JobRow.id == job_id, JobRow.status == JobStatus.QUEUED)
-        .values(status=JobStatus.RUNNING, started_at=at)
+def start(session: Session, job_ids: Collection[str], at: datetime) -> None:
+    """Those of the jobs that are queued run from now on."""
+    for part in _in_parts(job_ids):
+        session.connection().execute(_START, {"b_jobs": part, "b_at": at})
+
+
+def add_progress(session: Session, progress: Mapping[str, JobProgress]) -> None:
+    """Add to the counts of jobs, by their ids."""
+    rows = [(job_id, *(getattr(added, name) for name in _COUNTS)) for job_id, added in progress.items()]
+    _ADD_PROGRESS.run(session.connection(), rows)
+
+
+def standings(session: Session, job_ids: Collection[str]) -> list[Standing]:
+    """How far these jobs are, in their order, those that are gone left out: asked in every commit, it loads no job."""
+    found: dict[str, Standing] = {}
+    for part in _in_parts(job_ids):
+        for id_, *values in session.connection().execute(_STANDINGS, {"b_jobs": part}):
+            found[id_] = Standing(id_, *values)
+    return [found[job_id] for job_id in job_ids if job_id in found]
+
+
+def end(session: Session, job_ids: Collection[str], at: datetime) -> int:
+    """End those of the jobs whose tasks are all decided; how many this call has ended."""
+    return sum(
+        session.connection().execute(_END, {"b_jobs": part, "b_at": at}).rowcount
+        for part in _in_parts(job_ids)
     )
 
 
-def add_progress(session: Session, job_id: str, progress: JobProgress) -> None:
-    values = {f"b_{name}": getattr(progress, name) for name in _COUNTS}
-    session.connection().execute(_ADD_PROGRESS, {"b_job": job_id, **values})
-
-
-def is_decided(session: Session, job_id: str) -> bool:
-    """Whether no task of the job is pending, or it has ended already: asked in every commit, so it loads no job."""
-    return session.connection().execute(_IS_DECIDED, {"b_job": job_id}).first() is not None
-
-
-def end_if_done(session: Session, job_id: str, at: datetime) -> JobRow | None:
-    """End a job whose tasks are all decided; the job if this call ended it."""
-    job = session.get(JobRow, job_id, populate_existing=True)
-    if job is None or job.finished_at is not None or job.status in HIDDEN:
-        return None
-    if job.answered + job.failed < job.total:
-        return None
-    if job.status != JobStatus.CANCELLED:
-        job.status = final_status(job.total, job.answered)
-    job.finished_at = at
-    return job
-
-
-def final_status(total: int, answered: int) -> JobStatus:
-    """succeeded: every task answered; partial: some; failed: none."""
-    if answered == total:
-        return JobStatus.SUCCEEDED
-    return JobStatus.PARTIAL if answered else JobStatus.FAILED
+def _in_parts(job_ids: Collection[str]) -> Iterator[list[str]]:
+    """So many ids as one statement may have."""
+    ids = [*job_ids]
+    for start in range(0, len(ids), MAX_IDS):
+        yield ids[start : start + MAX_IDS]
 
 
 def cancel(session: Session, job_id: str) -> bool:

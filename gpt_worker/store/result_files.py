@@ -1,18 +1,19 @@
 """Queries on the files of results: what is to be written to the drive or deleted from it, and what is there."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import cast
 
-from sqlalchemy import CursorResult, Table, delete, func, insert, select, update
+from sqlalchemy import CursorResult, Table, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from gpt_worker.domain import HIDDEN, FileState
 from gpt_worker.models import JobRow, ResultFileRow
+from gpt_worker.store import bulk
 
 _FILES = cast(Table, ResultFileRow.__table__)
-_OWE = insert(_FILES)
+_OWED = ("job_id", "run", "state", "attempts", "next_attempt_at", "created_at")
 OWED = (FileState.PENDING, FileState.DELETING)
 
 
@@ -26,19 +27,10 @@ class OwedFile:
     attempts: int
 
 
-def owe(session: Session, job_id: str, run: int, now: datetime) -> None:
-    """Owe the file of a run that ends in this very commit."""
-    session.connection().execute(
-        _OWE,
-        {
-            "job_id": job_id,
-            "run": run,
-            "state": FileState.PENDING,
-            "attempts": 0,
-            "next_attempt_at": now,
-            "created_at": now,
-        },
-    )
+def owe(session: Session, runs: Iterable[tuple[str, int]], now: datetime) -> None:
+    """Owe the files of runs that end in this very commit, by their jobs' ids and their numbers."""
+    rows = [(job_id, run, FileState.PENDING, 0, now, now) for job_id, run in runs]
+    bulk.insert_rows(session.connection(), _FILES, _OWED, rows)
 
 
 def list_due(session: Session, now: datetime, limit: int) -> list[OwedFile]:

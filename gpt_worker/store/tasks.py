@@ -133,34 +133,60 @@ def pending_page(session: Session, job_id: str, after: int, limit: int, max_toke
     return Page(page, more=len(page) == limit or max_tokens <= 0)
 
 
-def record_answers(session: Session, job_id: str, outcomes: Iterable[Outcome]) -> int:
-    """Store answers to tasks of one job that are not decided yet; how many were."""
-    rows = [
-        (outcome.position, outcome.decision.text, outcome.decision.finish_reason, outcome.attempts)
-        for outcome in outcomes
-        if isinstance(outcome.decision, Answer)
-    ]
-    return _ANSWER.run(session.connection(), job_id, rows)
+class NotAllPending(Exception):
+    """Of the tasks that were to be decided, some were so before, twice among them, or are gone."""
 
 
-def record_failures(session: Session, job_id: str, outcomes: Iterable[Outcome]) -> int:
-    """Store failures of tasks of one job that are not decided yet; how many were."""
-    rows = [
-        (outcome.position, outcome.decision.code, outcome.decision.message[:1000], outcome.attempts)
-        for outcome in outcomes
-        if isinstance(outcome.decision, Failure)
-    ]
-    return _FAIL.run(session.connection(), job_id, rows)
+def record_decisions(session: Session, outcomes: Sequence[Outcome]) -> None:
+    """Store answers to tasks of any jobs, and failures.
+
+    Raises NotAllPending, after which the transaction is to be undone: it is not known of which jobs they were.
+    """
+    answers, failures = _answers(outcomes), _failures(outcomes)
+    connection = session.connection()
+    met = _ANSWER.run(connection, answers) + _FAIL.run(connection, failures)
+    if met != sum(outcome.decision is not None for outcome in outcomes):
+        raise NotAllPending
 
 
-def record_attempts(session: Session, job_id: str, outcomes: Iterable[Outcome]) -> None:
+def record_answers(session: Session, outcomes: Iterable[Outcome]) -> int:
+    """Store answers to tasks that are not decided yet; how many were."""
+    return _ANSWER.run(session.connection(), _answers(outcomes))
+
+
+def record_failures(session: Session, outcomes: Iterable[Outcome]) -> int:
+    """Store failures of tasks that are not decided yet; how many were."""
+    return _FAIL.run(session.connection(), _failures(outcomes))
+
+
+def record_attempts(session: Session, outcomes: Iterable[Outcome]) -> None:
     """Note the charged tries of tasks that are asked again, so that they outlive this process."""
-    rows = [
-        (outcome.position, outcome.attempts)
+    attempts = {
+        (outcome.job_id, outcome.position): outcome.attempts
         for outcome in outcomes
         if outcome.decision is None and outcome.attempts
-    ]
-    _COUNT_ATTEMPTS.run(session.connection(), job_id, rows)
+    }
+    _COUNT_ATTEMPTS.run(session.connection(), [(*task, tries) for task, tries in attempts.items()])
+
+
+def _answers(outcomes: Iterable[Outcome]) -> list[bulk.Row]:
+    """The rows of `_ANSWER`: the first answer to each task."""
+    rows: dict[tuple[str, int], bulk.Row] = {}
+    for outcome in outcomes:
+        if isinstance(outcome.decision, Answer):
+            task, answer = (outcome.job_id, outcome.position), outcome.decision
+            rows.setdefault(task, (*task, answer.text, answer.finish_reason, outcome.attempts))
+    return [*rows.values()]
+
+
+def _failures(outcomes: Iterable[Outcome]) -> list[bulk.Row]:
+    """The rows of `_FAIL`: the first failure of each task."""
+    rows: dict[tuple[str, int], bulk.Row] = {}
+    for outcome in outcomes:
+        if isinstance(outcome.decision, Failure):
+            task, failure = (outcome.job_id, outcome.position), outcome.decision
+            rows.setdefault(task, (*task, failure.code, failure.message[:1000], outcome.attempts))
+    return [*rows.values()]
 
 
 def fail_pending(
@@ -179,8 +205,8 @@ def fail_pending(
     if not positions:
         return 0, None
     message = failure.message[:1000]
-    rows = [(position, failure.code, message) for position in positions if position not in spare]
-    failed = _CLOSE.run(session.connection(), job_id, rows)
+    rows = [(job_id, position, failure.code, message) for position in positions if position not in spare]
+    failed = _CLOSE.run(session.connection(), rows)
     return failed, positions[-1] if len(positions) == SLICE_TASKS else None
 
 

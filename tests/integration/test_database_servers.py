@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 from flask import Flask
-from sqlalchemy import event
+from sqlalchemy import event, func, select
 
 from gpt_worker.db import Database
-from gpt_worker.domain import Answer, NewTask
+from gpt_worker.domain import Answer, DeliveryMode, ErrorCode, Failure, NewTask
+from gpt_worker.models import DeliveryRow, JobRow, ResultFileRow
+from gpt_worker.recorder import Recorder
 from gpt_worker.store import tasks as task_store
 from tests import factories
 from tests.link import Link
@@ -179,16 +181,21 @@ def test_text_larger_than_a_packet_is_refused_and_what_is_smaller_is_stored(
 # What is read at once
 
 
-def test_server_is_asked_for_no_more_rows_than_a_page_may_hold(database: Env, tmp_path: Path) -> None:
+def connect(database: Env, folder: Path) -> Database:
     env = {name: value for name, value in database.items() if value is not None}
-    made = Database(Flask("test"), factories.settings(data_dir=tmp_path, **env).database.url)
+    made = Database(Flask("test"), factories.settings(data_dir=folder, **env).database.url)
+    made.migrate()
+    return made
+
+
+def test_server_is_asked_for_no_more_rows_than_a_page_may_hold(database: Env, tmp_path: Path) -> None:
+    made = connect(database, tmp_path)
     sent: list[int] = []  # rows, by statement
 
     @event.listens_for(made._engine, "after_cursor_execute")
     def after_cursor_execute(_connection: object, cursor: Any, *_others: object) -> None:
         sent.append(cursor.rowcount)
 
-    made.migrate()
     job = factories.store_job(database=made, tasks=0)
     tasks = [NewTask(str(place), "a" * 4000, 5) for place in range(30)]
     answers = [
@@ -196,7 +203,7 @@ def test_server_is_asked_for_no_more_rows_than_a_page_may_hold(database: Env, tm
     ]
     with made.write() as session:
         task_store.add_tasks(session, job.id, 0, tasks)
-        task_store.record_answers(session, job.id, answers)
+        task_store.record_answers(session, answers)
     with made.read() as session:
         pending = task_store.pending_page(session, job.id, 24, 500, 3000)
         sent_pending = sent[-1]
@@ -209,3 +216,48 @@ def test_server_is_asked_for_no_more_rows_than_a_page_may_hold(database: Env, tm
     assert [task.position for task in results.tasks] == [*range(10, 10 + sent_results)]
     assert (sent_pending, sent_results) in {(3, 10), (3, 5)}  # MySQL tells bytes
     assert (pending.more, results.more, len(last.tasks), last.more) == (True, True, 11, False)
+
+
+# What is stored at once
+
+
+def test_many_jobs_that_end_together_are_stored_by_few_statements(database: Env, tmp_path: Path) -> None:
+    made = connect(database, tmp_path)
+    small = [factories.store_job(database=made, delivery=DeliveryMode.WEBHOOK) for _ in range(40)]
+    large = factories.store_job(database=made, tasks=30)
+    again = factories.store_job(database=made, tasks=2)
+    recorder = Recorder(made, "http://127.0.0.1:9/hook")
+    ended: list[str] = []
+    recorder.on_ended = lambda job_id, _run: ended.append(job_id)
+    late = Failure(ErrorCode.TIMEOUT, "no whole reply")
+    for number, job in enumerate(small):
+        recorder.job_started(job.id)
+        recorder.put(factories.outcome(job_id=job.id, decision=late if number % 2 else Answer(f"{number} ü")))
+    for position in range(30):
+        recorder.put(factories.outcome(job_id=large.id, position=position, decision=Answer(f"{position}")))
+    for position in range(2):
+        recorder.put(factories.outcome(job_id=again.id, position=position, decision=None, attempts=7))
+    statements: list[str] = []
+
+    @event.listens_for(made._engine, "before_cursor_execute")
+    def before_cursor_execute(_connection: object, _cursor: object, statement: str, *_others: object) -> None:
+        statements.append(statement)
+
+    recorder.start()
+    assert recorder.stop(20.0)
+
+    assert len(statements) < 25
+    assert (recorder.commits, ended) == (1, [*(job.id for job in small), large.id])
+    with made.read() as session:
+        rows = {row.id: row for row in session.scalars(select(JobRow))}
+        tasks = task_store.results_page(session, large.id, -1, 100).tasks
+        tried = task_store.results_page(session, again.id, -1, 100).tasks
+        webhooks = session.scalar(select(func.count()).select_from(DeliveryRow))
+        files = session.scalar(select(func.count()).select_from(ResultFileRow))
+    made.close()
+    assert [rows[job.id].status for job in small] == ["succeeded", "failed"] * 20
+    assert all(rows[job.id].started_at and rows[job.id].requests == 1 for job in small)
+    assert (rows[large.id].status, rows[large.id].answered, rows[large.id].requests) == ("succeeded", 30, 30)
+    assert [task.answer for task in tasks] == [str(position) for position in range(30)]
+    assert [task.attempts for task in tried] == [7, 7]
+    assert (webhooks, files) == (40, 41)

@@ -177,17 +177,11 @@ class Outbox:
             task_store.add_tasks(session, job.id, 0, [NewTask(id_, "prompt", 1) for id_ in answers])
             task_store.record_answers(
                 session,
-                job.id,
                 [Outcome(job.id, at, Answer(text)) for at, text in enumerate(answers.values())],
             )
-            delivery_id = store.add_job_delivery(
-                session,
-                job_id=job.id,
-                owner_id=owner.user_id,
-                run=1,
-                url=url or self.settings.request_api,
-                now=now,
-            )
+            (standing,) = job_store.standings(session, [job.id])
+            owed = replace(standing, owner_id=owner.user_id)
+            (delivery_id,) = store.add_job_deliveries(session, [owed], url or self.settings.request_api, now)
         self.deliveries.wake()
         return job.id, delivery_id
 

@@ -93,9 +93,7 @@ def make_calls(
 
     def add_deliveries(session: Session) -> None:
         nonlocal delivery_id
-        delivery_id = deliveries.add_job_delivery(
-            session, job_id=job.id, owner_id=user_id, run=1, url="u", now=NOW
-        )
+        (delivery_id,) = deliveries.add_job_deliveries(session, jobs.standings(session, [job.id]), "u", NOW)
         session.flush()
         session.commit()
 
@@ -133,6 +131,7 @@ def make_calls(
         accounts.find_login_failure: ("h",),
         accounts.clear_login_failures: ("h",),
         accounts.delete_old_login_failures: (NOW,),
+        bulk.insert_rows: lambda session: bulk.insert_rows(session.connection(), bulk.TASKS, [], []),
         bulk.insert_tasks: lambda session: bulk.insert_tasks(session.connection(), job.id, []),
         bulk.in_parts: lambda _session: list(bulk.in_parts([])),
         bulk.pending_update: lambda _session: bulk.pending_update(),
@@ -142,14 +141,15 @@ def make_calls(
         ),
         tasks.add_tasks: lambda session: tasks.add_tasks(session, job.id, 10, [NewTask("A", "a", 1)]),
         tasks.pending_page: (job.id, -1, 10, 1000),
-        tasks.record_answers: (job.id, outcomes),
-        tasks.record_failures: (job.id, outcomes),
-        tasks.record_attempts: (job.id, outcomes),
+        tasks.record_answers: (outcomes,),
+        tasks.record_failures: (outcomes,),
+        tasks.record_attempts: (outcomes,),
+        tasks.record_decisions: ([],),
         tasks.count_crash: (job.id, [1], 5, FAILURE),
         tasks.results_page: (job.id, -1, 10),
         tasks.fail_pending: lambda session: tasks.fail_pending(session, job.id, FAILURE, after=-1, spare=[1]),
         tasks.reopen_slice: (job.id, [ErrorCode.TIMEOUT], -1),
-        deliveries.add_job_delivery: add_deliveries,
+        deliveries.add_job_deliveries: add_deliveries,
         deliveries.add_frozen: lambda session: deliveries.add_frozen(
             session, owner_id=user_id, kind="test", url="u", body="{}", now=NOW
         ),
@@ -174,7 +174,7 @@ def make_calls(
         deliveries.drop_for_job: (job.id,),
         deliveries.prune: (NOW + timedelta(days=1),),
         deliveries.count_by_status: (),
-        result_files.owe: (job.id, 1, NOW),
+        result_files.owe: ([(job.id, 1)], NOW),
         result_files.list_due: (NOW, 3),
         result_files.next_due_at: (),
         result_files.stands: (job.id, 1),
@@ -205,11 +205,10 @@ def make_calls(
         jobs.unfinished_of: lambda session: [jobs.unfinished_of(session, who) for who in (None, user_id)],
         jobs.count_failed: (job.id, [ErrorCode.TIMEOUT], -1),
         jobs.queue: (job.id, 4, 0),
-        jobs.start: (job.id, NOW),
-        jobs.add_progress: (job.id, JobProgress()),
-        jobs.is_decided: (job.id,),
-        jobs.end_if_done: (ended.id, NOW),
-        jobs.final_status: lambda _session: jobs.final_status(1, 1),
+        jobs.start: ([job.id], NOW),
+        jobs.add_progress: ({job.id: JobProgress()},),
+        jobs.standings: ([job.id],),
+        jobs.end: ([ended.id], NOW),
         jobs.cancel: (job.id,),
         jobs.reopen: with_job(lambda _session, row: jobs.reopen(row, NOW)),
         jobs.claim_key: (claim,),

@@ -278,8 +278,8 @@ def test_only_what_is_pending_is_asked_after_a_restart(build: Build) -> None:
     stand = build(answers)
     job = store(stand, tasks=4, status=JobStatus.RUNNING)
     with stand.database.write() as session:
-        task_store.record_answers(session, job.id, [factories.outcome(job_id=job.id, position=1)])
-        job_store.add_progress(session, job.id, job_store.JobProgress(answered=1))
+        task_store.record_answers(session, [factories.outcome(job_id=job.id, position=1)])
+        job_store.add_progress(session, {job.id: job_store.JobProgress(answered=1)})
 
     stand.start(stand.job(job))
     stand.wait_end(job)

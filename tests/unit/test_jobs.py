@@ -175,9 +175,9 @@ def end_with_failures(database: Database, job_id: str) -> None:
         after: int | None = -1
         while after is not None:
             failed, after = task_store.fail_pending(session, job_id, CANCELLED, after=after, spare=())
-            job_store.add_progress(session, job_id, JobProgress(failed=failed))
+            job_store.add_progress(session, {job_id: JobProgress(failed=failed)})
     with database.write() as session:
-        assert job_store.end_if_done(session, job_id, utc_now())
+        assert job_store.end(session, [job_id], utc_now())
 
 
 def unfinished(database: Database, owner_id: str | None) -> Unfinished:
@@ -194,8 +194,8 @@ def test_only_the_owners_queued_and_running_jobs_count(database: Database) -> No
             factories.store_job(database=database, owner_id=owner_id, tasks=5, status=status)
     job = factories.store_job(database=database, owner_id=ada, tasks=3)
     with database.write() as session:
-        job_store.start(session, job.id, started_at)
-        job_store.add_progress(session, job.id, JobProgress(answered=1, failed=1))
+        job_store.start(session, [job.id], started_at)
+        job_store.add_progress(session, {job.id: JobProgress(answered=1, failed=1)})
 
     assert unfinished(database, ada) == Unfinished(
         jobs=3, pending=11, least_pending=1, decided=2, started_at=started_at
@@ -662,7 +662,7 @@ def test_webhook_of_a_run_that_ends_just_before_its_retry_is_not_lost(served: Da
     job = factories.store_job(database=served, owner_id=caller.user_id, delivery=DeliveryMode.WEBHOOK)
     with served.write() as session:
         failed, _ = task_store.fail_pending(session, job.id, CANCELLED, after=-1, spare=())
-        job_store.add_progress(session, job.id, JobProgress(failed=failed))
+        job_store.add_progress(session, {job.id: JobProgress(failed=failed)})
     owed: list[str] = []
 
     def freeze_and_end(job_id: str) -> None:
@@ -671,12 +671,9 @@ def test_webhook_of_a_run_that_ends_just_before_its_retry_is_not_lost(served: Da
         if owed:
             return
         with served.write() as session:
-            assert job_store.end_if_done(session, job_id, utc_now())
-            owed.append(
-                delivery_store.add_job_delivery(
-                    session, job_id=job_id, owner_id=caller.user_id, run=1, url="", now=utc_now()
-                )
-            )
+            jobs = job_store.standings(session, [job_id])
+            assert job_store.end(session, [job_id], utc_now())
+            owed.extend(delivery_store.add_job_deliveries(session, jobs, "", utc_now()))
 
     assert make_jobs(served, freeze_owed=freeze_and_end).retry(caller, job.id, None)
 

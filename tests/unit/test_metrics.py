@@ -181,7 +181,7 @@ def test_counts_come_from_the_jobs_and_leave_out_what_nobody_sees(tmp_path: Path
         for _ in range(2):
             job = factories.store_job(database=database, tasks=10, status=status)
             with database.write() as session:
-                job_store.add_progress(session, job.id, JobProgress(answered=3, failed=1))
+                job_store.add_progress(session, {job.id: JobProgress(answered=3, failed=1)})
 
     with database.read() as session:
         counts = job_store.count_by_status(session)

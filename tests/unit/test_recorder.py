@@ -13,8 +13,17 @@ from sqlalchemy.orm import Session
 
 from gpt_worker import recorder as recorder_module
 from gpt_worker.db import Database
-from gpt_worker.domain import Answer, DeliveryMode, DeliveryStatus, ErrorCode, Failure, JobStatus, Usage
-from gpt_worker.models import DeliveryRow, JobRow
+from gpt_worker.domain import (
+    Answer,
+    DeliveryMode,
+    DeliveryStatus,
+    ErrorCode,
+    Failure,
+    FileState,
+    JobStatus,
+    Usage,
+)
+from gpt_worker.models import DeliveryRow, JobRow, ResultFileRow
 from gpt_worker.recorder import Recorder
 from gpt_worker.store import jobs as job_store
 from gpt_worker.store import tasks as task_store
@@ -49,7 +58,8 @@ class Desk:
 
 
 @pytest.fixture
-def desk(database: Database) -> Iterator[Desk]:
+def closed_desk(database: Database) -> Desk:
+    """One whose recorder has not begun: all that it is handed is its first group."""
     made = Desk(Recorder(database, HOOK))
 
     def count_delivery() -> None:
@@ -58,9 +68,14 @@ def desk(database: Database) -> Iterator[Desk]:
     made.recorder.on_ended = lambda job_id, run: made.ended.append((job_id, run))
     made.recorder.on_delivery = count_delivery
     made.recorder.on_recovered = made.recovered.set
-    made.recorder.start()
-    yield made
-    made.recorder.stop(10.0)
+    return made
+
+
+@pytest.fixture
+def desk(closed_desk: Desk) -> Iterator[Desk]:
+    closed_desk.recorder.start()
+    yield closed_desk
+    closed_desk.recorder.stop(10.0)
 
 
 def job_of(database: Database, job: JobRow) -> JobRow:
@@ -264,6 +279,92 @@ def test_many_threads_lose_nothing(database: Database, desk: Desk) -> None:
     assert desk.ended == [(job.id, 1)]
 
 
+# Groups of many jobs
+
+
+def test_many_jobs_that_end_together_take_few_statements(database: Database, closed_desk: Desk) -> None:
+    jobs = [factories.store_job(database=database, delivery=DeliveryMode.WEBHOOK) for _ in range(300)]
+    statements: list[str] = []
+
+    @event.listens_for(database._engine, "before_cursor_execute")
+    def before_cursor_execute(_connection: object, _cursor: object, statement: str, *_others: object) -> None:
+        statements.append(statement)
+
+    for job in jobs:
+        closed_desk.recorder.job_started(job.id)
+        closed_desk.recorder.put(factories.outcome(job_id=job.id))
+    closed_desk.recorder.start()
+    closed_desk.finish()
+
+    assert len(statements) < 20
+    assert closed_desk.recorder.commits == 1
+    assert closed_desk.ended == [(job.id, 1) for job in jobs]
+    assert closed_desk.deliveries == 300
+    with database.read() as session:
+        stored = session.scalars(select(JobRow)).all()
+        files = session.scalars(select(ResultFileRow)).all()
+    assert {(row.status, row.answered, row.requests, row.prompt_tokens) for row in stored} == {
+        (JobStatus.SUCCEEDED, 1, 1, 10)
+    }
+    assert all(row.started_at == row.finished_at is not None for row in stored)
+    assert {row.job_id for row in deliveries(database)} == {job.id for job in jobs}
+    assert {(row.job_id, row.run, row.state) for row in files} == {
+        (job.id, 1, FileState.PENDING) for job in jobs
+    }
+
+
+def test_each_job_of_a_group_gets_what_is_its_own(database: Database, closed_desk: Desk) -> None:
+    whole, partial, none, open_, cancelled = (
+        factories.store_job(database=database, tasks=2, status=status)
+        for status in (*[JobStatus.RUNNING] * 4, JobStatus.CANCELLED)
+    )
+    again = None
+    made: dict[str, tuple[Answer | Failure | None, ...]] = {
+        whole.id: (Answer("a"), Answer("bc")),
+        partial.id: (LATE, Answer("d")),
+        none.id: (LATE, LATE),
+        open_.id: (Answer("e"), again),
+        cancelled.id: (Answer("f"), LATE),
+    }
+
+    for position in range(2):
+        for job_id, decisions in made.items():
+            closed_desk.recorder.put(
+                factories.outcome(
+                    job_id=job_id, position=position, decision=decisions[position], attempts=position + 1
+                )
+            )
+    closed_desk.recorder.start()
+    closed_desk.finish()
+
+    rows = [job_of(database, job) for job in (whole, partial, none, open_, cancelled)]
+    assert [(row.status, row.answered, row.failed, row.results_bytes) for row in rows] == [
+        (JobStatus.SUCCEEDED, 2, 0, 3),
+        (JobStatus.PARTIAL, 1, 1, 1 + len(LATE.message)),
+        (JobStatus.FAILED, 0, 2, 2 * len(LATE.message)),
+        (JobStatus.RUNNING, 1, 0, 1),
+        (JobStatus.CANCELLED, 1, 1, 1 + len(LATE.message)),
+    ]
+    assert [(task.answer, task.attempts) for task in results(database, open_)] == [("e", 1), (None, 2)]
+    assert closed_desk.ended == [(job_id, 1) for job_id in made if job_id != open_.id]
+
+
+def test_group_that_decides_a_task_twice_counts_it_once(database: Database, closed_desk: Desk) -> None:
+    job, other = (factories.store_job(database=database, tasks=2) for _ in range(2))
+
+    for decision in (Answer("first"), Answer("second"), LATE):
+        closed_desk.recorder.put(factories.outcome(job_id=job.id, decision=decision))
+    closed_desk.recorder.put(factories.outcome(job_id=other.id))
+    closed_desk.recorder.start()
+    closed_desk.finish()
+
+    stored = job_of(database, job)
+    assert (stored.answered, stored.failed, stored.requests) == (1, 0, 3)
+    assert results(database, job)[0].answer == "first"
+    assert (job_of(database, other).answered, job_of(database, other).requests) == (1, 1)
+    assert closed_desk.ended == []
+
+
 # Webhooks
 
 
@@ -409,6 +510,39 @@ def test_group_stored_twice_counts_once(
     stored = job_of(database, job)
     assert (stored.answered, stored.requests, stored.prompt_tokens, stored.results_bytes) == (1, 1, 10, 5)
     assert len(deliveries(database)) == 1
+
+
+def test_try_that_decided_nothing_counts_once_in_a_group_stored_twice(
+    database: Database, closed_desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, other = (factories.store_job(database=database, tasks=2) for _ in range(2))
+    fail_once_after_commit(monkeypatch)
+
+    closed_desk.recorder.put(factories.outcome(job_id=job.id, decision=None))
+    closed_desk.recorder.put(factories.outcome(job_id=other.id))
+    closed_desk.recorder.start()
+    assert closed_desk.recovered.wait(10)
+    closed_desk.finish()
+
+    stored = [job_of(database, each) for each in (job, other)]
+    assert [(row.answered, row.requests, row.prompt_tokens) for row in stored] == [(0, 1, 10), (1, 1, 10)]
+
+
+def test_group_whose_commit_came_to_nothing_is_stored(database: Database, closed_desk: Desk) -> None:
+    job = factories.store_job(database=database)
+
+    def refuse(_session: Session) -> None:
+        event.remove(Session, "before_commit", refuse)
+        raise OperationalError("COMMIT", {}, Exception("the line was cut"))
+
+    event.listen(Session, "before_commit", refuse)
+    closed_desk.recorder.put(factories.outcome(job_id=job.id))
+    closed_desk.recorder.start()
+    assert closed_desk.recovered.wait(10)
+    closed_desk.finish()
+
+    assert (job_of(database, job).answered, job_of(database, job).requests) == (1, 1)
+    assert closed_desk.ended == [(job.id, 1)]
 
 
 def test_end_stored_by_a_commit_that_seemed_to_fail_is_told(

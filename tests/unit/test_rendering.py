@@ -37,10 +37,10 @@ def decide(database: Database, job: JobRow, decisions: dict[int, Answer | Failur
     outcomes = [Outcome(job.id, position, decision, attempts=2) for position, decision in decisions.items()]
     with database.write() as session:
         progress = JobProgress(
-            answered=task_store.record_answers(session, job.id, outcomes),
-            failed=task_store.record_failures(session, job.id, outcomes),
+            answered=task_store.record_answers(session, outcomes),
+            failed=task_store.record_failures(session, outcomes),
         )
-        job_store.add_progress(session, job.id, progress)
+        job_store.add_progress(session, {job.id: progress})
 
 
 def rendered(database: Database, job: JobRow, *, with_results: bool = True, **changes: Any) -> dict[str, Any]:

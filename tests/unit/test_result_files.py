@@ -104,11 +104,13 @@ def end_job(database: Database, tasks: int = 2, text: str = "Hello") -> JobRow:
         outcomes = [
             factories.outcome(job_id=job.id, position=number, decision=answer) for number in range(tasks)
         ]
-        task_store.record_answers(session, job.id, outcomes)
-        job_store.add_progress(session, job.id, job_store.JobProgress(answered=tasks))
-        ended = job_store.end_if_done(session, job.id, now)
-        assert ended is not None
-        store.owe(session, job.id, job.run, now)
+        task_store.record_answers(session, outcomes)
+        job_store.add_progress(session, {job.id: job_store.JobProgress(answered=tasks)})
+        assert job_store.end(session, [job.id], now)
+        store.owe(session, [(job.id, job.run)], now)
+    with database.read() as session:
+        ended = job_store.get_job(session, job.id)
+    assert ended is not None
     return ended
 
 

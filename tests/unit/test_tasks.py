@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from gpt_worker.db import Database
 from gpt_worker.domain import Answer, ErrorCode, Failure, NewTask, Prompt, TaskState
 from gpt_worker.models import JobRow, TaskRow
 from gpt_worker.store import tasks as task_store
-from gpt_worker.store.bulk import ROWS
+from gpt_worker.store.bulk import ROWS, EachUpdate
 from tests import factories
 
 INTERRUPTED = Failure(ErrorCode.INTERRUPTED, "the service itself failed")
@@ -55,7 +55,7 @@ def test_task_fails_at_its_last_crash_and_not_before(database: Database) -> None
     job = factories.store_job(database=database, tasks=2)
     with database.write() as session:
         task_store.record_attempts(
-            session, job.id, [factories.outcome(job_id=job.id, position=1, decision=None, attempts=3)]
+            session, [factories.outcome(job_id=job.id, position=1, decision=None, attempts=3)]
         )
 
     failed = [crash(database, job, 0, 1) for _ in range(4)] + [crash(database, job, 1)]
@@ -70,7 +70,7 @@ def test_task_fails_at_its_last_crash_and_not_before(database: Database) -> None
 def test_crash_does_not_count_for_a_task_that_is_decided(database: Database) -> None:
     job = factories.store_job(database=database, tasks=2)
     with database.write() as session:
-        task_store.record_answers(session, job.id, [factories.outcome(job_id=job.id)])
+        task_store.record_answers(session, [factories.outcome(job_id=job.id)])
 
     failed = crash(database, job, 0, 1, limit=1)
 
@@ -82,9 +82,7 @@ def test_crash_does_not_count_for_a_task_that_is_decided(database: Database) -> 
 def test_charged_tries_are_no_crashes(database: Database) -> None:
     job = factories.store_job(database=database)
     with database.write() as session:
-        task_store.record_attempts(
-            session, job.id, [factories.outcome(job_id=job.id, decision=None, attempts=4)]
-        )
+        task_store.record_attempts(session, [factories.outcome(job_id=job.id, decision=None, attempts=4)])
 
     assert crash(database, job, 0) == 0
 
@@ -207,7 +205,7 @@ def test_page_of_results_ends_with_the_answer_that_fills_it(
         factories.outcome(job_id=job.id, position=place, decision=Answer("ü" * 1000)) for place in range(8)
     ]
     with database.write() as session:
-        task_store.record_answers(session, job.id, outcomes)
+        task_store.record_answers(session, outcomes)
 
     with database.read() as session:
         sizes = read_bytes(session)
@@ -218,3 +216,22 @@ def test_page_of_results_ends_with_the_answer_that_fills_it(
     ]
     assert page.more is more
     assert sizes.count(2000) == length
+
+
+@pytest.mark.parametrize("update", [task_store._ANSWER, task_store._COUNT_ATTEMPTS], ids=["answers", "tries"])
+def test_rows_are_found_by_their_key_in_tables_that_were_analysed(
+    database: Database, update: EachUpdate
+) -> None:
+    factories.store_job(database=database, tasks=300)
+    with database.write() as session:
+        session.execute(text("ANALYZE"))
+    statement = update._on_sqlite[256]
+
+    with database.read() as session:
+        plan = session.connection().exec_driver_sql(
+            f"EXPLAIN QUERY PLAN {statement}", (None,) * statement.count("?")
+        )
+        steps = [row[3] for row in plan]
+
+    assert any(step.startswith("SEARCH tasks") for step in steps)
+    assert [step for step in steps if "BLOOM" in step or step == "SCAN tasks"] == []
