@@ -23,6 +23,8 @@ def configure(environment: str) -> None:
     logging.getLogger("gpt_worker").setLevel(logging.DEBUG if environment == "development" else logging.INFO)
     for name in NOISY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It tells with a traceback of a connection that dies as it comes back: whoever needed it tells that in a line.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     logging.captureWarnings(capture=True)
 
 
