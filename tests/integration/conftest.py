@@ -161,6 +161,14 @@ def stand(tmp_path: Path, database: Env, stand_upstream: Upstream) -> Iterator[S
 
 
 @pytest.fixture
+def elsewhere(tmp_path: Path, database: Env, stand_upstream: Upstream) -> Iterator[Stand]:
+    """A service with another DATA_DIR, as on another host."""
+    elsewhere = Stand(tmp_path / "elsewhere", stand_upstream, database)
+    yield elsewhere
+    elsewhere.kill()
+
+
+@pytest.fixture
 def link(server: Server) -> Iterator[Link]:
     with Link(server.port) as link:
         yield link

@@ -1,32 +1,18 @@
 """One owner of a database that several hosts reach: who else comes is refused, and who is gone is followed."""
 
-import os
 import signal
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from gpt_worker.owner import EXPIRES_AFTER_S
 from tests.link import Link
 from tests.servers import Server, query
-from tests.service import Env
-from tests.stand import KEYS, Stand, asked_otherwise, assert_refused
-from tests.upstream import Fault, FaultKind, Upstream
+from tests.stand import Stand, asked_otherwise, assert_refused
+from tests.upstream import Fault, FaultKind
 
 pytestmark = pytest.mark.services
 
 TAKE_OVER_S = 75.0
 """In which a row of 30 s has expired, on a machine that has much else to do."""
-
-
-@pytest.fixture
-def elsewhere(tmp_path: Path, database: Env, stand_upstream: Upstream) -> Iterator[Stand]:
-    """A service with another DATA_DIR, as on another host."""
-    elsewhere = Stand(tmp_path / "elsewhere", stand_upstream, database)
-    yield elsewhere
-    elsewhere.kill()
 
 
 def test_second_service_on_the_database_is_refused(stand: Stand, elsewhere: Stand) -> None:
@@ -95,55 +81,6 @@ def test_service_whose_database_was_taken_over_sends_and_stores_nothing_more(
     assert len(linked.upstream.calls()) == 2
     assert elsewhere.readiness()[0] == 200
     assert "Traceback" not in linked.stderr()
-
-
-def test_service_that_was_suspended_sends_nothing_before_the_database_is_surely_its_own(
-    stand: Stand, server: Server
-) -> None:
-    calls = len(KEYS)  # one a key, of which nothing is known yet
-    stand.upstream.add_fault(Fault(kind=FaultKind.HANG, times=calls))
-    stand.start()
-    job_id = stand.submit(stand.data, prefer="respond-async").json()["id"]
-    stand.upstream.wait_for_calls(calls)
-    assert in_flight(stand) == calls
-
-    os.killpg(stand.pid, signal.SIGSTOP)
-    time.sleep(EXPIRES_AFTER_S + 1.0)
-    with server.table_locked(stand, "owners"):  # so that neither a renewal nor a commit tells it
-        stand.upstream.release()
-        os.killpg(stand.pid, signal.SIGCONT)
-        stand.wait_until(lambda: in_flight(stand) == 0)
-        status, reason = stand.readiness()
-        stand.wait_until_nothing_is_sent()
-        sent = len(stand.upstream.calls())
-
-    assert (status, "owner" in reason.lower()) == (503, True)
-    assert sent == calls
-    assert stand.wait_finished(job_id, 60)["status"] == "succeeded"
-    assert asked_otherwise(stand.upstream, stand.data.values()) == {}
-    assert stand.readiness()[0] == 200
-    stand.assert_ends_well()
-
-
-def test_start_waits_for_a_transaction_in_which_the_owner_was_suspended(
-    stand: Stand, server: Server, elsewhere: Stand
-) -> None:
-    stand.start()
-    done = stand.submit(["hello"]).json()
-    stand.assert_ends_well()
-
-    with server.table_locked(stand, "owners"):
-        elsewhere.launch()
-        elsewhere.wait_until(lambda: "can't be used yet" in elsewhere.stderr() or elsewhere.has_exited)
-
-    elsewhere.wait_ready(TAKE_OVER_S)
-    assert elsewhere.job(done["id"]) == done
-    elsewhere.assert_ends_well()
-
-
-def in_flight(service: Stand) -> int:
-    keys = service.get("/keys", service.admin).json()["data"]
-    return sum(key["in_flight"] for key in keys)
 
 
 def test_two_that_start_at_once_on_an_empty_database_make_one_owner(stand: Stand, elsewhere: Stand) -> None:
