@@ -124,7 +124,7 @@ class _Tasks:
 
     def __init__(self, settings: JobSettings, max_json_bytes: int, max_tasks: int) -> None:
         self._reader = TaskReader(settings, max_json_bytes)
-        self._is_new = SeenIds().add
+        self._seen = SeenIds()
         self._max_tasks = max_tasks
         self._count = 0
 
@@ -133,7 +133,7 @@ class _Tasks:
         if self._count == self._max_tasks:
             raise TooLarge(f"a job may have at most {self._max_tasks} tasks (MAX_TASKS)")
         id_ = check_id(said.pop("id"), ("line", line, "id")) if "id" in said else str(self._count)
-        if not self._is_new(id_):
+        if not self._seen.add(id_):
             raise _given_twice(id_, line)
         self._count += 1
         return self._reader.read(said, id_, ("line", line))
@@ -143,10 +143,9 @@ class _Tasks:
         ids = self._ids_of_texts(many)
         if ids is None:
             return self._one_by_one(many, first_line)
-        is_new = self._is_new
-        for line, id_ in enumerate(ids, first_line):
-            if not is_new(id_):
-                raise _given_twice(id_, line)
+        again = self._seen.add_all(ids)
+        if again is not None:
+            raise _given_twice(ids[again], first_line + again)
         self._count += len(many)
         return self._reader.read_texts([said["text"] for said in many], ids)
 
