@@ -18,7 +18,7 @@ from gpt_worker.prompts import encode, weigh
 from gpt_worker.store import bulk
 from gpt_worker.store.bulk import PendingUpdate
 
-SLICE_TASKS = 2000  # a commit: the others' commits wait for it
+SLICE_TASKS = 3000  # a commit: the others' commits wait for it
 CHARACTERS_PER_TOKEN = 4  # at most, by the estimate
 _TASKS = bulk.TASKS
 
