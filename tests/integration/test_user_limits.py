@@ -143,7 +143,7 @@ def test_retry_counts_as_a_job_and_changes_nothing_when_refused(start: Start) ->
 
 def test_upload_is_refused_as_soon_as_its_tasks_are_too_many(start: Start) -> None:
     service, _ = start_hanging(start, MAX_USER_TASKS="10500")
-    accepted(send(service, 1000))
+    accepted(send(service, 4000))
     head = (
         f"POST /jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {service.admin}\r\n"
         f"Content-Type: application/jsonl\r\nContent-Length: {1 << 30}\r\n\r\n"
@@ -155,8 +155,8 @@ def test_upload_is_refused_as_soon_as_its_tasks_are_too_many(start: Start) -> No
 
     assert reply.startswith(b"HTTP/1.1 429")
     service.wait_until(lambda: rows(service, "jobs") == 1)
-    assert rows(service, "tasks") == 1000
-    body = b'{"text": "a"}\n' * 9500
+    assert rows(service, "tasks") == 4000
+    body = b'{"text": "a"}\n' * 6500
     fits = service.post(
         "/jobs",
         service.admin,
