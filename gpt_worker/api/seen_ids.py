@@ -1,6 +1,7 @@
 """Which ids of a job have come already, exactly enough and in little memory."""
 
 from collections.abc import Iterable
+from mmap import mmap
 from struct import Struct
 
 DIGEST_BYTES = 16
@@ -21,7 +22,8 @@ class SeenIds:
     """
 
     def __init__(self) -> None:
-        self._marks = bytearray(MARKS_BYTES)
+        # It takes no memory before it is written to, and a small file writes to little of it.
+        self._marks = mmap(-1, MARKS_BYTES)
         self._buckets = [bytearray() for _ in range(BUCKETS)]
 
     def add(self, id_: str) -> bool:

@@ -41,6 +41,19 @@ for _ in range(4):
 print(resident_mib() - before)
 """
 
+SMALL_FILES = """
+from pathlib import Path
+from gpt_worker.api.seen_ids import SeenIds
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 // 1024
+
+before = resident_mib()
+kept = [SeenIds() for _ in range(40)]
+assert all(seen.add_all(str(number) for number in range(20)) is None for seen in kept)
+print(resident_mib() - before)
+"""
+
 THREADS = """
 import threading
 from pathlib import Path
@@ -110,6 +123,11 @@ def test_a_service_with_sqlite_loads_no_dialect_of_others(tmp_path: Path) -> Non
 
     assert "sqlalchemy.dialects.sqlite" in loaded
     assert not loaded & {f"sqlalchemy.dialects.{name}" for name in ("mssql", "oracle", "postgresql")}
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="it is told in /proc")
+def test_many_small_files_at_once_take_little(tmp_path: Path) -> None:
+    assert int(run(SMALL_FILES, tmp_path)) < 40
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="others give memory back by themselves")
