@@ -429,7 +429,7 @@ class RemoteDrive:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
-        """As `_translated`; what has failed is opened anew, as it may be a connection that broke."""
+        """As `translated`; what has failed is opened anew, as it may be a connection that broke."""
         try:
             with translated(self._settings.extra):
                 yield

@@ -1,7 +1,6 @@
 """A job as the outside sees it: the same object in replies, lists and webhooks. Reads rows; decides nothing."""
 
 import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ MAX_RESULT_BYTES = 8 << 20
 PAGE_TASKS = 1000
 PAGE_CHARACTERS = 4 << 20  # of answers, which have up to four bytes each
 PIECE_CHARACTERS = 128 << 10
+CSV_HEADER = ("id", "result", "error_code", "finish_reason")
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -163,18 +163,20 @@ def _in_pieces(texts: Iterable[str]) -> Iterator[bytes]:
 
 def results_csv(database: Database, job_id: str) -> Iterator[bytes]:
     """`id,result,error_code,finish_reason` of the decided tasks; no cell that a spreadsheet would run as a formula."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(("id", "result", "error_code", "finish_reason"))
-    for task in _tasks(database, job_id):
-        if task.state != TaskState.PENDING:
-            cells = (task.id, task.answer or "", task.error_code or "", task.finish_reason or "")
-            writer.writerow([_defused(cell) for cell in cells])
-            if buffer.tell() >= PIECE_CHARACTERS:
-                yield buffer.getvalue().encode()
-                buffer.seek(0)
-                buffer.truncate()
-    yield buffer.getvalue().encode()
+    writer = csv.writer(_Line())
+    rows = (
+        [_defused(cell or "") for cell in (task.id, task.answer, task.error_code, task.finish_reason)]
+        for task in _tasks(database, job_id)
+        if task.state != TaskState.PENDING
+    )
+    return _in_pieces(map(writer.writerow, chain([CSV_HEADER], rows)))
+
+
+class _Line:
+    """Has `csv` return each row as its line: `writerow` returns what `write` does."""
+
+    def write(self, line: str) -> str:
+        return line
 
 
 def _defused(cell: str) -> str:

@@ -7,6 +7,7 @@ import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from itertools import starmap
 from typing import Any
 
 from werkzeug.exceptions import BadRequest
@@ -58,9 +59,7 @@ def jsonl_tasks(
         raw = lines.next(skip_blank=True)
         if raw is None:
             break
-        said = parse_line(raw, lines.number)
-        _check_members(said, lines.number)
-        yield tasks.of_row(lines.number, said)
+        yield tasks.of_line(lines.number, parse_line(raw, lines.number))
     tasks.check_any()
 
 
@@ -138,11 +137,16 @@ class _Tasks:
         self._count += 1
         return self._reader.read(said, id_, ("line", line))
 
+    def of_line(self, line: int, said: Any) -> NewTask:
+        """The task of one line of JSONL."""
+        _check_members(said, line)
+        return self.of_row(line, said)
+
     def of_lines(self, many: Sequence[dict[str, str]], first_line: int) -> Iterable[NewTask]:
         """The tasks of so many lines; sooner where each says a text, or a text and an id, and no more."""
         ids = self._ids_of_texts(many)
         if ids is None:
-            return self._one_by_one(many, first_line)
+            return starmap(self.of_line, enumerate(many, first_line))
         again = self._seen.add_all(ids)
         if again is not None:
             raise _given_twice(ids[again], first_line + again)
@@ -160,11 +164,6 @@ class _Tasks:
         ids = [*map(str, range(self._count, end))] if NO_ID in shapes else [said["id"] for said in many]
         are_right = all(ids) and max(map(len, ids)) <= MAX_ID_LENGTH and all(said["text"] for said in many)
         return ids if are_right else None
-
-    def _one_by_one(self, many: Iterable[dict[str, str]], first_line: int) -> Iterator[NewTask]:
-        for line, said in enumerate(many, first_line):
-            _check_members(said, line)
-            yield self.of_row(line, said)
 
     def check_any(self) -> None:
         """Invalid if there was no task."""

@@ -219,8 +219,13 @@ def _from_file(query: UploadQuery, read_tasks: ReadTasks, held: ExitStack, *, ha
         file, digest = _kept(pieces, held)
         pieces = file_pieces(file)
         said = _said(request.content_type, request.content_encoding, digest)
-    unpacked = gunzip(pieces) if is_gzip else not_packed(pieces, BODY_IS_GZIP)
+    unpacked = _unpacked(pieces, BODY_IS_GZIP, is_gzip=is_gzip)
     return Received(replace(job, tasks=_file_tasks(unpacked, read_tasks, job.settings)), said)
+
+
+def _unpacked(pieces: Iterable[bytes], otherwise: str, *, is_gzip: bool) -> Iterator[bytes]:
+    """What the pieces hold; `otherwise` is told where they are gzip and it was not said."""
+    return gunzip(pieces) if is_gzip else not_packed(pieces, otherwise)
 
 
 def _file_tasks(unpacked: Iterable[bytes], read_tasks: ReadTasks, job: JobSettings) -> Iterator[NewTask]:
@@ -258,7 +263,7 @@ def _from_form(query: UploadQuery, held: ExitStack) -> Received:
     read_tasks, is_gzip = _kind_of(parts[FILE_PART])
     file = parts[FILE_PART].file
     assert file is not None
-    unpacked = gunzip(file_pieces(file)) if is_gzip else not_packed(file_pieces(file), PART_IS_GZIP)
+    unpacked = _unpacked(file_pieces(file), PART_IS_GZIP, is_gzip=is_gzip)
     tasks = _file_tasks(unpacked, read_tasks, job.settings)
     return Received(replace(job, tasks=tasks), _said_by_form(parts))
 
