@@ -4,6 +4,7 @@ import itertools
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -11,12 +12,13 @@ from urllib.parse import quote
 import flask_migrate
 import pytest
 from flask import Flask
-from sqlalchemy import Engine, NullPool, create_engine, event, inspect, text
+from sqlalchemy import NullPool, create_engine, inspect, text
 
 from config import SettingsError
 from gpt_worker import db_servers
 from gpt_worker.db import Database, revisions
 from gpt_worker.models import Base
+from tests.cutting import is_cut
 from tests.servers import Server, query, url_of
 from tests.service import Env, Service
 from tests.stand import Stand
@@ -153,30 +155,6 @@ def migrate(service: Service, revision: str | None = None) -> None:
             go(revision=revision)
 
 
-class Cut(Exception):
-    """The service was killed."""
-
-
-def is_cut(service: Service, after: int, revision: str | None = None) -> bool:
-    """Whether a migration had so many statements that make, change or drop something; it is cut after that one."""
-    left = after
-
-    def after_cursor_execute(_connection: object, _cursor: object, statement: str, *_others: object) -> None:
-        nonlocal left
-        left -= statement.lstrip().startswith(("CREATE ", "ALTER ", "DROP "))
-        if not left:
-            raise Cut
-
-    event.listen(Engine, "after_cursor_execute", after_cursor_execute)
-    try:
-        migrate(service, revision)
-    except Cut:
-        return True
-    finally:
-        event.remove(Engine, "after_cursor_execute", after_cursor_execute)
-    return False
-
-
 def stored_revision(service: Service) -> str:
     """Empty before the first."""
     engine = create_engine(url_of(service), poolclass=NullPool)
@@ -221,7 +199,7 @@ def test_upgrade_that_is_cut_anywhere_is_finished_by_the_next_start(
             service = Service(tmp_path / str(after), env)
             if old:
                 migrate(service, old)
-            if not is_cut(service, after):
+            if not is_cut(partial(migrate, service), after):
                 break
             migrate(service)
 
@@ -244,7 +222,7 @@ def test_upgrade_that_is_cut_leaves_an_older_revision_whole(tmp_path: Path, serv
         with server.database() as env:
             service = Service(tmp_path / str(after), env)
             migrate(service, "0001")
-            if not is_cut(service, after):
+            if not is_cut(partial(migrate, service), after):
                 break
             met.append(stored_revision(service))
 
@@ -259,7 +237,7 @@ def test_downgrade_that_is_cut_anywhere_can_be_taken_again(tmp_path: Path, serve
             migrate(service, "0001")
             wanted = shape(service)
             migrate(service)
-            if not is_cut(service, after, "0001"):
+            if not is_cut(partial(migrate, service, "0001"), after):
                 break
             migrate(service, "0001")
 

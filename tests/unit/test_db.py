@@ -4,6 +4,7 @@ import itertools
 import shutil
 import sqlite3
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from flask import Flask
 from flask_migrate import Migrate, upgrade
-from sqlalchemy import Engine, event
 
 from config import SettingsError
 from gpt_worker import db
 from gpt_worker.db import MIGRATIONS, Database, revisions
+from tests.cutting import is_cut
 
 NEXT = f"{int(revisions()[-1]) + 1:04}"
 NEXT_MIGRATION = f'''"""a note for every mode"""
@@ -34,9 +35,8 @@ def upgrade() -> None:
 
 
 def migrated(path: Path) -> None:
-    database = Database(Flask("test"), f"sqlite:///{path}")
-    database.migrate()
-    database.close()
+    with closing(Database(Flask("test"), f"sqlite:///{path}")) as database:
+        database.migrate()
 
 
 def migrated_by_alembic(path: Path, revision: str = "head") -> None:
@@ -126,32 +126,6 @@ def test_an_old_database_gets_the_migrations_it_lacks(
     assert stored_revision(path) == [(NEXT,)]
 
 
-class Cut(Exception):
-    """The service was killed."""
-
-
-def is_cut(path: Path, after: int) -> bool:
-    """Whether a start had so many statements that make or change something; it is cut after that one."""
-    left = after
-
-    def after_cursor_execute(_connection: object, _cursor: object, statement: str, *_others: object) -> None:
-        nonlocal left
-        left -= statement.lstrip().startswith(("CREATE ", "ALTER ", "DROP "))
-        if not left:
-            raise Cut
-
-    database = Database(Flask("test"), f"sqlite:///{path}")
-    event.listen(Engine, "after_cursor_execute", after_cursor_execute)
-    try:
-        database.migrate()
-    except Cut:
-        return True
-    finally:
-        event.remove(Engine, "after_cursor_execute", after_cursor_execute)
-        database.close()
-    return False
-
-
 def test_upgrade_that_is_cut_leaves_an_older_revision_whole(tmp_path: Path) -> None:
     for revision in revisions():
         migrated_by_alembic(tmp_path / revision, revision)
@@ -160,7 +134,7 @@ def test_upgrade_that_is_cut_leaves_an_older_revision_whole(tmp_path: Path) -> N
     for after in itertools.count(1):
         path = tmp_path / f"cut after {after}"
         shutil.copy(tmp_path / "0001", path)
-        if not is_cut(path, after):
+        if not is_cut(partial(migrated, path), after):
             break
         ((revision,),) = stored_revision(path)
         met.append(revision)
@@ -172,7 +146,7 @@ def test_upgrade_that_is_cut_leaves_an_older_revision_whole(tmp_path: Path) -> N
 
 
 def test_first_start_that_is_cut_leaves_nothing(tmp_path: Path) -> None:
-    assert is_cut(tmp_path / "jobs", 5)
+    assert is_cut(partial(migrated, tmp_path / "jobs"), 5)
 
     assert schema(tmp_path / "jobs") == {}
 
